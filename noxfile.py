@@ -1,0 +1,57 @@
+"""Checks of this project: ``nox`` runs lint, types and tests; ``nox -l`` lists the rest."""
+
+from __future__ import annotations
+
+import re
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "venv"
+nox.options.reuse_existing_virtualenvs = True
+nox.options.sessions = ["lint", "types", "tests"]
+
+PROJECT = nox.project.load_toml("pyproject.toml")
+
+
+def group(name: str) -> list[str]:
+    """The requirements of one dependency group of ``pyproject.toml``."""
+    return nox.project.dependency_groups(PROJECT, name)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style and common mistakes (ruff)."""
+    session.install(*group("lint"))
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Strict typing (mypy)."""
+    session.install("-e", ".", "nox", *group("types"))
+    session.run("mypy")
+
+
+def run_tests(session: nox.Session) -> None:
+    """pytest with branch coverage, subprocesses included; arguments after ``--`` go to pytest."""
+    session.run("coverage", "erase")
+    session.run("coverage", "run", "-m", "pytest", *session.posargs)
+    session.run("coverage", "combine", "--quiet")
+    session.run("coverage", "report")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """The whole test suite with the newest dependencies."""
+    session.install("-e", ".", *group("tests"))
+    run_tests(session)
+
+
+@nox.session
+def lowest(session: nox.Session) -> None:
+    """The whole test suite with the oldest dependencies that ``pyproject.toml`` allows."""
+    oldest = [re.sub(r">=([^,;]+).*", r"==\1", line) for line in PROJECT["project"]["dependencies"]]
+    session.install("-e", ".", *oldest, *group("tests"))
+    run_tests(session)

@@ -1,0 +1,230 @@
+"""The application: registered Quart-trio handlers, and the one place where everything is joined.
+
+The handlers read what is asked, answer what they can, and hand every request under `/v1/` over by returning a `Relay`.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Final, cast
+
+import structlog
+import trio
+from quart import has_request_context, websocket
+from quart import request as quart_request
+from quart.wrappers import Response
+from quart_trio import QuartTrio
+from werkzeug.datastructures import Headers
+from werkzeug.exceptions import HTTPException, InternalServerError
+from werkzeug.routing import BaseConverter, MapAdapter
+
+from trioproxy import __version__, body, errors, request
+from trioproxy.admin import Probes
+from trioproxy.config import Settings
+from trioproxy.connection import Connection, Exchange, Request
+from trioproxy.errors import ProxyError
+from trioproxy.events import Listener, Publisher, Refused, RequestFacts, ScheduledRequest
+from trioproxy.observe.logs import RequestLog
+from trioproxy.observe.metrics import Metrics
+from trioproxy.relay import Relay
+from trioproxy.routes import RouteTable
+from trioproxy.scheduler import FixedLimit, Scheduler
+from trioproxy.upstream import Upstream
+
+log = structlog.get_logger()
+
+HOUSEKEEPING_SECONDS: Final = 5.0
+
+
+class Proxy:
+    """The parts of one running proxy, and the handlers' logic."""
+
+    def __init__(self, settings: Settings, listeners: tuple[Listener, ...], upstream: Upstream | None) -> None:
+        self.settings = settings
+        limits = settings.scheduler
+        self.metrics = Metrics(limits.concurrency)
+        self._failed_listeners: set[Listener] = set()
+        self.publisher = Publisher((self.metrics, RequestLog(), *listeners), self._listener_failed)
+        self.scheduler = Scheduler(
+            FixedLimit(limits.concurrency), limits.max_queue, limits.queue_timeout, self.publisher
+        )
+        self.upstream = upstream or Upstream(settings.upstream)
+        self.routes = RouteTable(limits.routes)
+        self.probes = Probes(self.scheduler, self.upstream)
+
+    async def relay(self, exchange: Exchange) -> Relay | Response:
+        """What to do about a request under `/v1/`: hand it over, or say what is wrong with it."""
+        head = exchange.head
+        try:
+            request.check(head)
+            if self.routes.is_scheduled(head.method, head.rest):
+                relay = await self._scheduled(exchange)
+            else:
+                relay = self._relay(exchange, self._facts(exchange), None)
+        except ProxyError as error:
+            return self.refuse(exchange, error)
+        return relay
+
+    def refuse(self, exchange: Exchange, error: ProxyError) -> Response:
+        """Answer a request that is not going to be scheduled, and say so to the listeners."""
+        self.publisher.publish(Refused(self._facts(exchange), trio.current_time(), error.ending, str(error)))
+        return _response(error, exchange.head.request_id)
+
+    async def housekeeping(self, task_status: trio.TaskStatus[trio.CancelScope] = trio.TASK_STATUS_IGNORED) -> None:
+        """What has to be done now and then, until cancelled."""
+        with trio.CancelScope() as scope:
+            task_status.started(scope)
+            while True:
+                await trio.sleep(HOUSEKEEPING_SECONDS)
+                await self.upstream.close_expired()
+
+    def _listener_failed(self, listener: Listener, error: Exception) -> None:
+        self.metrics.listener_failed()
+        if listener not in self._failed_listeners:
+            self._failed_listeners.add(listener)
+            log.error("a listener failed", listener=repr(listener), exc_info=error, error=repr(error))
+
+    def _facts(self, exchange: Exchange) -> RequestFacts:
+        head = exchange.head
+        return RequestFacts(
+            request_id=head.request_id,
+            method=head.method,
+            path=head.path.decode("latin-1"),
+            arrived=exchange.arrived,
+            bytes_in=head.content_length,
+        )
+
+    def _relay(self, exchange: Exchange, facts: RequestFacts, content: bytes | None) -> Relay:
+        return Relay(
+            head=exchange.head,
+            facts=facts,
+            body=content,
+            scheduler=self.scheduler,
+            upstream=self.upstream,
+            publisher=self.publisher,
+        )
+
+    async def _scheduled(self, exchange: Exchange) -> Relay:
+        """Read the body and what it says. A body that is not there before the deadline stays unread: the scheduler
+        refuses the request then."""
+        head = exchange.head
+        timeout = request.read_timeout(head)
+        deadline = exchange.arrived + timeout if timeout is not None else float("inf")
+        content = b""
+        with trio.CancelScope(deadline=deadline):
+            content = await exchange.read_body(self.settings.server.max_body_size)
+        try:
+            reading = body.read(content)
+        except body.TooDeepError as error:
+            raise ProxyError(errors.INVALID_REQUEST, reason=str(error)) from error
+        facts = ScheduledRequest(
+            request_id=head.request_id,
+            method=head.method,
+            path=head.path.decode("latin-1"),
+            arrived=exchange.arrived,
+            bytes_in=len(content),
+            model=reading.model,
+            stream=reading.stream,
+            priority=request.read_priority(head, reading, self.settings.scheduler.default_priority),
+            deadline=deadline,
+        )
+        return self._relay(exchange, facts, reading.forwarded)
+
+
+class Rest(BaseConverter):
+    """Whatever follows `/v1`, empty segments and all."""
+
+    regex = r"(?:/[\s\S]*)?"
+    part_isolating = False
+
+
+class ProxyApp(QuartTrio):
+    """The Quart-trio application; `proxy` holds its parts."""
+
+    asgi_http_class = Connection
+    request_class = Request
+    proxy: Proxy
+
+    def create_url_adapter(self, request: object) -> MapAdapter | None:
+        """Routes are found by the path alone, as it was sent: no host name and no query has a say."""
+        if not isinstance(request, Request):
+            return super().create_url_adapter(None)
+        return self.url_map.bind("", path_info=request.path, default_method=request.method, query_args="")
+
+
+def create_app(settings: Settings, listeners: tuple[Listener, ...] = (), upstream: Upstream | None = None) -> ProxyApp:
+    """Join everything. `listeners` are told of every event, after metrics and log; `upstream` replaces the real one.
+
+    Raises `ConfigError` if the settings do not fit the machine.
+    """
+    app = ProxyApp("trioproxy", static_folder=None)
+    # A body's size and time, and an answer's, are limited by the proxy's own settings.
+    app.config.update(MAX_CONTENT_LENGTH=None, BODY_TIMEOUT=None, RESPONSE_TIMEOUT=None)
+    proxy = app.proxy = Proxy(settings, listeners, upstream)
+    app.url_map.merge_slashes = False
+    app.url_map.converters["rest"] = Rest
+    _register_handlers(app, proxy)
+    _register_lifespan(app, proxy)
+    return app
+
+
+def _register_handlers(app: ProxyApp, proxy: Proxy) -> None:
+    def current_exchange() -> Exchange:
+        return cast(Request, quart_request._get_current_object()).exchange  # type: ignore[attr-defined]
+
+    # Without a list of methods a rule matches every one, custom ones too.
+    app.url_map.add(app.url_rule_class("/v1<rest:rest>", endpoint="v1", methods=None))
+
+    @app.endpoint("v1")
+    async def v1(rest: str) -> Response:
+        return await proxy.relay(current_exchange())
+
+    @app.get("/health")
+    async def health() -> dict[str, object]:
+        return proxy.probes.health()
+
+    @app.get("/ready")
+    async def ready() -> tuple[dict[str, object], int]:
+        return proxy.probes.ready()
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        accept = b",".join(current_exchange().head.values(b"accept")).decode("latin-1")
+        exposition, content_type = proxy.metrics.expose(accept)
+        return Response(exposition, headers={"content-type": content_type})
+
+    @app.errorhandler(HTTPException)
+    async def http_error(error: HTTPException) -> Response:
+        if not has_request_context():
+            path, request_id = websocket.path, request.new_request_id()
+            return _response(ProxyError(errors.NOT_FOUND, path=path), request_id)
+        exchange = current_exchange()
+        if isinstance(error, InternalServerError):
+            request_id = exchange.head.request_id
+            log.error("internal error", request_id=request_id, exc_info=error.original_exception, error=repr(error))
+            return _response(ProxyError(errors.INTERNAL_ERROR, request_id=request_id), request_id)
+        path = exchange.head.path.decode("latin-1")
+        return proxy.refuse(exchange, ProxyError(errors.NOT_FOUND, path=path))
+
+
+def _register_lifespan(app: ProxyApp, proxy: Proxy) -> None:
+    housekeeping: trio.CancelScope
+
+    @app.before_serving
+    async def begin() -> None:
+        nonlocal housekeeping
+        housekeeping = await app.nursery.start(proxy.housekeeping)
+        proxy.probes.serving = True
+        log.info("started", version=__version__, upstream=proxy.settings.upstream.base_url)
+
+    @app.after_serving
+    async def end() -> None:
+        proxy.scheduler.close()
+        housekeeping.cancel()
+        await proxy.upstream.aclose()
+        log.info("stopped")
+
+
+def _response(error: ProxyError, request_id: str) -> Response:
+    status, headers, content = request.refusal(error, request_id, random.random())
+    return Response(content, status, headers=Headers([(name.decode(), value.decode()) for name, value in headers]))

@@ -1,0 +1,135 @@
+"""The commands: `trioproxy serve`, `trioproxy check-config`, `trioproxy demo`."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import click
+import structlog
+import trio
+import yaml
+
+from trioproxy import __version__, config
+from trioproxy.app import create_app
+from trioproxy.config import ConfigError, Settings
+from trioproxy.observe import logs
+from trioproxy.server import Server
+
+EXIT_UNUSABLE_CONFIGURATION = 2
+
+
+@click.group()
+@click.version_option(__version__, prog_name="trioproxy")
+def main() -> None:
+    """An OpenAI-API proxy that shares scarce model capacity by priority."""
+
+
+@main.command()
+@click.option("--config", "config_file", type=click.Path(path_type=Path), help="The YAML file with the settings.")
+@click.option("--bind", multiple=True, metavar="HOST:PORT", help="Where to listen; may be given more than once.")
+@click.option("--upstream", metavar="URL", help="The API to forward to: upstream.base_url.")
+@click.option("--concurrency", type=int, metavar="N", help="How many requests may run upstream at once.")
+@click.option("--max-queue", type=int, metavar="N", help="How many requests may wait.")
+@click.option("--log-file", metavar="FILE", help="Also write the log to this file, as JSON lines.")
+@click.option("--log-level", metavar="LEVEL", help="debug, info, warning or error.")
+@click.option("--log-format", metavar="FORMAT", help="json or console.")
+def serve(
+    config_file: Path | None,
+    bind: tuple[str, ...],
+    upstream: str | None,
+    concurrency: int | None,
+    max_queue: int | None,
+    log_file: str | None,
+    log_level: str | None,
+    log_format: str | None,
+) -> None:
+    """Run the proxy until SIGTERM or Ctrl-C."""
+    overrides: Mapping[str, object] = {
+        "server.bind": list(bind) or None,
+        "upstream.base_url": upstream,
+        "scheduler.concurrency": concurrency,
+        "scheduler.max_queue": max_queue,
+        "logging.file": log_file,
+        "logging.level": log_level,
+        "logging.format": log_format,
+    }
+    run(config_file, {key: value for key, value in overrides.items() if value is not None})
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path))
+def check_config(file: Path) -> None:
+    """Say whether FILE, together with the environment, is a usable configuration, and what it comes to."""
+    try:
+        settings = config.load(file)
+    except ConfigError as error:
+        click.echo(str(error), err=True)
+        sys.exit(EXIT_UNUSABLE_CONFIGURATION)
+    click.echo(yaml.safe_dump(config.describe(settings), sort_keys=False), nl=False)
+
+
+def run(config_file: Path | None, overrides: Mapping[str, object]) -> None:
+    """Load the settings, serve, and exit with the right status."""
+    try:
+        settings = config.load(config_file, overrides=overrides)
+    except ConfigError as error:
+        _fail("the configuration cannot be used", str(error), EXIT_UNUSABLE_CONFIGURATION)
+    try:
+        writer = logs.configure(settings.logging.level, settings.logging.format, settings.logging.file)
+    except OSError as error:
+        reason = f"logging.file: {settings.logging.file} cannot be written: {error.strerror}"
+        _fail("the configuration cannot be used", reason, EXIT_UNUSABLE_CONFIGURATION)
+    try:
+        status = _serve(settings)
+    finally:
+        writer.close()
+    sys.exit(status)
+
+
+def _serve(settings: Settings) -> int:
+    log = structlog.get_logger()
+    try:
+        app = create_app(settings)
+    except ConfigError as error:
+        log.error("the configuration cannot be used", error=str(error))
+        return EXIT_UNUSABLE_CONFIGURATION
+    try:
+        server = Server(app, settings)
+    except OSError as error:
+        hint = ": another process listens there already" if error.errno == errno.EADDRINUSE else ""
+        log.error(
+            "cannot listen",
+            bind=list(settings.server.bind),
+            error=f"server.bind: cannot listen on {', '.join(settings.server.bind)}: {error.strerror or error}{hint}",
+        )
+        return 1
+    trio.run(_until_signalled, server)
+    return 0
+
+
+async def _until_signalled(server: Server) -> None:
+    async with trio.open_nursery() as nursery:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+
+            async def listen_for_signals() -> None:
+                async for _ in signals:
+                    server.shut_down()
+
+            nursery.start_soon(listen_for_signals)
+            await server.run()
+            nursery.cancel_scope.cancel()
+
+
+def _fail(event: str, error: str, status: int) -> None:
+    """Say what is wrong before there is a log, in the form that the log would have had."""
+    if sys.stderr.isatty():
+        click.echo(f"trioproxy: {event}:\n{error}", err=True)
+    else:
+        writer = logs.configure("info", "json", None, sys.stderr)
+        structlog.get_logger().error(event, error=error)
+        writer.close()
+    sys.exit(status)

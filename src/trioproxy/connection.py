@@ -1,0 +1,198 @@
+"""One HTTP exchange on a connection: ASGI messages in both directions, disconnects, running a `Relay`.
+
+The Quart handler runs first and reads what it needs of the body; if it returns a `Relay`, that is run here, in the
+task that owns `receive` and `send`. This module knows nothing of scheduling or of the upstream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from typing import Final, Protocol, cast
+
+import trio
+from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, HTTPScope
+from quart.utils import encode_headers
+from quart.wrappers import Response as QuartResponse
+from quart_trio.asgi import TrioASGIHTTPConnection
+from quart_trio.wrappers import TrioRequest
+from werkzeug.datastructures import Headers as WerkzeugHeaders
+
+from trioproxy import errors, request
+from trioproxy.errors import Headers, ProxyError
+from trioproxy.relay import Relay
+
+GUARD: Final = "trioproxy.guard"
+"""The key in an ASGI scope's `state` under which the server puts the connection's guard."""
+
+DRAIN_SECONDS: Final = 2.0
+"""How long a client that has been answered early may go on sending its body: closing at once would make its kernel
+throw the answer away (RFC 9112 section 9.6)."""
+
+
+class Guard(Protocol):
+    """What the server can do for an exchange that ASGI cannot. Under other servers there is none."""
+
+    def watch(self, leave: Callable[[], None]) -> None:
+        """Call `leave` as soon as the client is seen to have gone, also while nobody reads from it."""
+        ...
+
+    def unwatch(self, leave: Callable[[], None]) -> None:
+        """The exchange is over."""
+        ...
+
+    def reset_on_close(self) -> None:
+        """Close the connection with a reset, so that an end that is told by closing alone does not look clean."""
+        ...
+
+
+class Incoming:
+    """The request's body, as an iterator over its pieces. A piece is asked for only when the last one was taken."""
+
+    def __init__(self, receive: ASGIReceiveCallable, leave: Callable[[], None]) -> None:
+        self._receive = receive
+        self._leave = leave
+        self.complete = trio.Event()
+        """The last piece has arrived."""
+        self.abandoned = trio.Event()
+        """Nobody is going to take another piece."""
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        while not self.complete.is_set():
+            if piece := await self._next():
+                return piece
+        raise StopAsyncIteration
+
+    async def swallow(self) -> None:
+        """Once the body is complete or nobody wants it: take what still comes, until the client is gone."""
+        await self.abandoned.wait()
+        while True:
+            await self._next()
+
+    async def _next(self) -> bytes:
+        message = await self._receive()
+        if message["type"] != "http.request":
+            self._leave()
+            await trio.sleep_forever()
+        if not message.get("more_body", False):
+            self.complete.set()
+            self.abandoned.set()
+        return message.get("body", b"")
+
+
+class Exchange:
+    """One request and its answer; the `Client` that a relay talks to."""
+
+    def __init__(self, scope: HTTPScope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+        self.arrived: Final = trio.current_time()
+        self.head: Final = request.read_head(cast(request.Scope, scope))
+        self.incoming: Final = Incoming(receive, self.leave)
+        self.cancel_scope: Final = trio.CancelScope()
+        self.started = False
+        self._send = send
+        self._guard: Guard | None = cast("dict[str, Guard]", scope.get("state") or {}).get(GUARD)
+        self._finishing = False
+
+    async def read_body(self, limit: int) -> bytes:
+        """The whole body. Raises `ProxyError` if it is larger than `limit` bytes."""
+        if self.head.content_length is not None and self.head.content_length > limit:
+            raise ProxyError(errors.REQUEST_TOO_LARGE, limit=limit)
+        pieces: list[bytes] = []
+        size = 0
+        async for piece in self.incoming:
+            size += len(piece)
+            if size > limit:
+                raise ProxyError(errors.REQUEST_TOO_LARGE, limit=limit)
+            pieces.append(piece)
+        return b"".join(pieces)
+
+    def body(self) -> AsyncIterator[bytes]:
+        """The pieces of the request's body, as they arrive and are taken."""
+        return self.incoming
+
+    async def start(self, status: int, headers: Headers) -> None:
+        """Send the answer's head."""
+        self.started = True
+        self.incoming.abandoned.set()
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def send(self, piece: bytes) -> None:
+        """Send a piece of the answer's body; returns when there is room for more."""
+        await self._send({"type": "http.response.body", "body": piece, "more_body": True})
+
+    async def finish(self, last: bytes = b"") -> None:
+        """Send the last piece, and that it was the last. Once that is under way a disconnect changes nothing."""
+        if not self.incoming.complete.is_set():
+            await self.send(last)
+            last = b""
+            with trio.move_on_after(DRAIN_SECONDS):
+                await self.incoming.complete.wait()
+        # From here on Hypercorn recycles or closes the connection, and must not be cut off while it does.
+        self._finishing = True
+        await self._send({"type": "http.response.body", "body": last, "more_body": False})
+
+    def abort(self) -> None:
+        """Make sure that the client sees that the answer is not whole: what was begun is never finished."""
+        if self._guard is not None and self.head.http_version == "1.0":
+            self._guard.reset_on_close()
+
+    def leave(self) -> None:
+        """The client has gone: stop working for it."""
+        if not self._finishing:
+            self.cancel_scope.cancel(reason="the client has gone")
+
+    def __enter__(self) -> None:
+        if self._guard is not None:
+            self._guard.watch(self.leave)
+
+    def __exit__(self, *_: object) -> None:
+        if self._guard is not None:
+            self._guard.unwatch(self.leave)
+
+
+class Request(TrioRequest):
+    """Quart's request, with the exchange that it came in."""
+
+    exchange: Exchange
+
+
+class Connection(TrioASGIHTTPConnection):
+    """Runs the handler, and then what it returned, in the task that Hypercorn made for the request."""
+
+    async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+        exchange = Exchange(self.scope, receive, send)
+        with exchange:
+            async with trio.open_nursery() as nursery:
+                with exchange.cancel_scope:
+                    response = await self.app.handle_request(self._request(exchange, send))
+                    nursery.start_soon(exchange.incoming.swallow)
+                    if isinstance(response, Relay):
+                        await response.run(exchange)
+                    else:
+                        assert isinstance(response, QuartResponse)
+                        await exchange.start(response.status_code, encode_headers(response.headers))
+                        await exchange.finish(await response.get_data(as_text=False))
+                nursery.cancel_scope.cancel()
+
+    def _request(self, exchange: Exchange, send: ASGISendCallable) -> Request:
+        """Quart's view of the request: enough to find the handler, which reads the rest from the exchange."""
+        head = exchange.head
+
+        async def no_push(path: str, headers: WerkzeugHeaders) -> None:
+            return
+
+        quart_request = Request(
+            head.method,
+            self.scope["scheme"],
+            head.path.decode("latin-1"),
+            head.query,
+            WerkzeugHeaders(),
+            "",
+            head.http_version,
+            self.scope,
+            send_push_promise=no_push,
+        )
+        quart_request.exchange = exchange
+        return quart_request

@@ -1,0 +1,1 @@
+"""What shows and tests the proxy without an OpenAI key: a simulated upstream."""

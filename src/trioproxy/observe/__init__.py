@@ -1,0 +1,1 @@
+"""One listener for each place where events are shown: metrics, logs."""

@@ -1,0 +1,306 @@
+"""Events and everything else that the process has to say → JSON lines (or a console), off the request's path.
+
+A line is a dictionary put into a bounded queue; one thread renders and writes. A slow or full disk, or a pipe that
+nobody reads, costs lines, which are counted, and never a request's time. Hypercorn's messages, warnings and whatever
+else goes through the standard library's logging take the same way.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, MutableMapping
+from datetime import UTC, datetime
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any, Final, TextIO
+
+import msgspec
+import structlog
+from structlog.typing import EventDict, WrappedLogger
+
+from trioproxy.errors import Status
+from trioproxy.events import (
+    CapacityChanged,
+    Ended,
+    Event,
+    PassedThrough,
+    Progress,
+    Queued,
+    Refused,
+    RequestFacts,
+    ScheduledRequest,
+    Started,
+)
+
+QUEUED_LINES_MAX: Final = 10_000
+"""Lines that may wait for the writer; more are dropped and counted."""
+
+CLOSE_SECONDS_MAX: Final = 2.0
+"""How long the writer may take to write what is left when the process ends."""
+
+_REOPEN_SECONDS: Final = 0.5
+
+Line = MutableMapping[str, Any]
+Renderer = Callable[[Line], str]
+
+
+def render_json(line: Line) -> str:
+    """One JSON object; what JSON cannot say is said as text."""
+    return msgspec.json.encode(line, enc_hook=repr).decode()
+
+
+class _Console:
+    """Lines for people, as structlog shows them."""
+
+    def __init__(self, *, colors: bool) -> None:
+        self._render = structlog.dev.ConsoleRenderer(colors=colors, pad_event_to=0)
+
+    def __call__(self, line: Line) -> str:
+        shown: Line = {key: value for key, value in line.items() if value is not None}
+        for key, value in shown.items():
+            if key.endswith("_seconds") and isinstance(value, float):
+                shown[key] = round(value, 3)
+        return str(self._render(None, "", shown))
+
+
+class _File:
+    """A log file that is opened again when it was moved or removed (by logrotate, say)."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._checked = 0.0
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._open()
+
+    def write(self, text: str) -> None:
+        if time.monotonic() - self._checked > _REOPEN_SECONDS and self._was_rotated():
+            self._file.close()
+            self._open()
+        self._file.write(text)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def _open(self) -> None:
+        self._file = self._path.open("a", encoding="utf-8", errors="backslashreplace")
+        self._identity = os.fstat(self._file.fileno())
+        self._checked = time.monotonic()
+
+    def _was_rotated(self) -> bool:
+        self._checked = time.monotonic()
+        try:
+            return not os.path.samestat(self._path.stat(), self._identity)
+        except FileNotFoundError:
+            return True
+
+
+class Writer:
+    """The thread that writes, and the queue before it."""
+
+    def __init__(self, stream: TextIO | None, render: Renderer, file: Path | None = None) -> None:
+        """Raises OSError if the file cannot be opened for appending."""
+        self._sinks: list[tuple[TextIO | _File, Renderer]] = []
+        if stream is not None:
+            self._sinks.append((stream, render))
+        if file is not None:
+            self._sinks.append((_File(file), render_json))
+        self._lines: SimpleQueue[Line | None] = SimpleQueue()
+        self.dropped = 0
+        """Lines that were lost, because the writer was too slow or a sink failed."""
+        self._thread = threading.Thread(target=self._run, name="trioproxy-log", daemon=True)
+        self._thread.start()
+
+    def put(self, line: Line) -> None:
+        """Write a line soon. Never waits."""
+        if self._lines.qsize() >= QUEUED_LINES_MAX:
+            self.dropped += 1
+        else:
+            self._lines.put(line)
+
+    def close(self) -> None:
+        """Write what is left, as long as that does not take too long."""
+        self._lines.put(None)
+        self._thread.join(CLOSE_SECONDS_MAX)
+
+    def _run(self) -> None:
+        while True:
+            lines: list[Line] = []
+            line = self._lines.get()
+            try:
+                while line is not None:
+                    lines.append(line)
+                    line = self._lines.get_nowait()
+            except Empty:
+                self._write(lines)
+            else:
+                self._write(lines)
+                return
+
+    def _write(self, lines: list[Line]) -> None:
+        for sink, render in self._sinks:
+            try:
+                sink.write("".join(render(line.copy()) + "\n" for line in lines))  # type: ignore[attr-defined]
+                sink.flush()
+            except Exception:
+                self.dropped += len(lines)
+
+
+def _stamp(_: WrappedLogger, method: str, event: EventDict) -> EventDict:
+    """Timestamp, level and event first, so that a line can be read from its beginning."""
+    now = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+    level = "error" if method == "exception" else method
+    return {"timestamp": now, "level": level, "event": event.pop("event", ""), **event}
+
+
+def _traceback(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    """An exception as text, under `exception`, so that one line stays one line."""
+    info = event.pop("exc_info", None)
+    if info is True:
+        info = sys.exc_info()
+    elif isinstance(info, BaseException):
+        info = (type(info), info, info.__traceback__)
+    if info and info[0] is not None:
+        event["exception"] = "".join(traceback.format_exception(*info))
+    return event
+
+
+class _FromStandardLibrary(logging.Handler):
+    """Records of the standard library's logging, as lines of ours."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            fields: dict[str, object] = {"logger": record.name}
+            if record.levelno >= logging.ERROR:
+                fields["error"] = record.getMessage()
+            if record.exc_info:
+                fields["exc_info"] = record.exc_info
+            structlog.get_logger().log(record.levelno, record.getMessage(), **fields)
+        except Exception:
+            self.handleError(record)
+
+
+class _Sink:
+    """What structlog calls with the finished line."""
+
+    def __init__(self, writer: Writer) -> None:
+        self._writer = writer
+
+    def msg(self, **line: object) -> None:
+        self._writer.put(line)
+
+    debug = info = warning = error = critical = exception = msg
+
+
+def configure(level: str, log_format: str | None, file: Path | None, stream: TextIO | None = None) -> Writer:
+    """Send everything the process says to `stream` (default: standard output) and to `file`.
+
+    `log_format` is "json" or "console"; None chooses console on a terminal. The file is always JSON. Raises OSError if
+    the file cannot be written.
+    """
+    stream = sys.stdout if stream is None else stream
+    console = stream.isatty() if log_format is None else log_format == "console"
+    writer = Writer(stream, _Console(colors=stream.isatty()) if console else render_json, file)
+    threshold = logging.getLevelNamesMapping()[level.upper()]
+    structlog.configure(
+        processors=[structlog.contextvars.merge_contextvars, _traceback, _stamp],
+        wrapper_class=structlog.make_filtering_bound_logger(threshold),
+        logger_factory=lambda *_: _Sink(writer),
+        cache_logger_on_first_use=False,
+    )
+    root = logging.getLogger()
+    root.handlers = [_FromStandardLibrary()]
+    root.setLevel(max(threshold, logging.INFO))  # libraries' debug lines would show bodies and keys
+    for chatty in ("httpx", "httpcore"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    logging.captureWarnings(capture=True)
+    return writer
+
+
+EVENT_OF_STATUS: Final = {
+    Status.COMPLETED: "request completed",
+    Status.EVICTED: "request evicted",
+    Status.REJECTED: "request rejected",
+    Status.TIMEOUT: "request timed out",
+    Status.FAILED: "request failed",
+    Status.CANCELLED: "request cancelled",
+}
+
+
+class RequestLog:
+    """A listener that writes one line for each request that ended, and at level debug one for each step."""
+
+    def __init__(self) -> None:
+        self._log = structlog.get_logger()
+
+    def __call__(self, event: Event) -> None:
+        """Write what an event is worth."""
+        match event:
+            case Ended():
+                self._ended(event)
+            case PassedThrough():
+                self._passed_through(event)
+            case Refused(request, _, ending, error):
+                self._log.info(
+                    "request refused", **_facts(request), http_status=ending.http_status, code=ending.code, reason=error
+                )
+            case Queued(request):
+                self._log.debug("request queued", **_facts(request))
+            case Started(request, _, queue_seconds):
+                self._log.debug("request started", **_facts(request), queue_seconds=round(queue_seconds, 6))
+            case CapacityChanged(pool, _, permits, max_queue):
+                self._log.info("capacity changed", pool=pool, permits=permits, max_queue=max_queue)
+
+    def _ended(self, event: Ended) -> None:
+        status, outcome = event.ending.status, event.ending.outcome
+        assert status is not None
+        assert outcome is not None
+        fields = _facts(event.request)
+        fields["http_status"] = event.ending.http_status
+        if event.progress is not None:
+            fields |= _progress(event.progress)
+        fields |= {
+            "status": status.value,
+            "outcome": outcome.value,
+            "code": event.ending.code,
+            "queue_seconds": None if event.queue_seconds is None else round(event.queue_seconds, 6),
+            "total_seconds": round(event.total_seconds, 6),
+        }
+        if status is Status.FAILED:
+            fields.setdefault("error", f"the upstream answered with status {fields['http_status']}")
+        else:
+            fields.pop("error", None)
+        write = self._log.info if status in (Status.COMPLETED, Status.CANCELLED) else self._log.warning
+        write(EVENT_OF_STATUS[status], **_known(fields))
+
+    def _passed_through(self, event: PassedThrough) -> None:
+        fields = _facts(event.request) | _progress(event.progress)
+        fields["total_seconds"] = round(event.at - event.request.arrived, 6)
+        write = self._log.warning if "error" in fields else self._log.info
+        write("request passed through", **_known(fields))
+
+
+def _facts(request: RequestFacts) -> dict[str, object]:
+    fields: dict[str, object] = {"request_id": request.request_id}
+    if isinstance(request, ScheduledRequest):
+        fields |= {"priority": request.priority, "priority_level": request.priority_level, "pool": request.pool}
+    fields |= {"model": request.model, "method": request.method, "path": request.path, "stream": request.stream}
+    fields["bytes_in"] = request.bytes_in
+    return _known(fields)
+
+
+def _progress(progress: Progress) -> dict[str, object]:
+    fields: dict[str, object] = {"http_status": progress.http_status, "bytes_out": progress.bytes_out}
+    if progress.upstream_seconds is not None:
+        fields["upstream_seconds"] = round(progress.upstream_seconds, 6)
+    if progress.error is not None:
+        fields["error"] = progress.error
+    return fields
+
+
+def _known(fields: dict[str, object]) -> dict[str, object]:
+    return {key: value for key, value in fields.items() if value is not None}

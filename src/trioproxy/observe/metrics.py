@@ -1,0 +1,238 @@
+"""Events → Prometheus metrics. The one place where metric names stand; knows nothing of who publishes events.
+
+Children of labelled metrics are looked up once and kept, and every known set of labels exists at 0 from the start, so
+that `increase()` sees the first event.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
+from prometheus_client import disable_created_metrics as _disable_created_metrics
+from prometheus_client.exposition import choose_encoder
+
+from trioproxy import errors, priority
+from trioproxy.errors import Outcome, Status
+from trioproxy.events import (
+    CapacityChanged,
+    Ended,
+    Event,
+    PassedThrough,
+    Progress,
+    Queued,
+    Refused,
+    ScheduledRequest,
+    Started,
+)
+
+# Series of their own for the time of creation double every counter and tell Prometheus nothing that it needs.
+_disable_created_metrics()  # type: ignore[no-untyped-call]
+
+WAIT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+"""Seconds: from a slot that was free to the longest wait that anybody configures."""
+
+UPSTREAM_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 600, 1200)
+"""Seconds: from an embedding to a long generation."""
+
+TOTAL_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 600, 1200)
+"""Seconds: waiting and upstream together."""
+
+UPSTREAM_STATUSES = ("2xx", "3xx", "4xx", "429", "5xx", "error")
+PASSED_THROUGH_STATUSES = ("2xx", "3xx", "4xx", "5xx", "error")
+
+
+def _status_class(http_status: int | None) -> str:
+    return "error" if http_status is None else f"{http_status // 100}xx"
+
+
+def _upstream_status(progress: Progress) -> str:
+    if not progress.upstream_whole:
+        return "error"
+    return "429" if progress.upstream_status == 429 else _status_class(progress.upstream_status)
+
+
+def _passed_through_status(event: PassedThrough) -> str:
+    if event.progress.upstream_whole or event.ending is errors.SHUTTING_DOWN:
+        return _status_class(event.progress.http_status)
+    return "error"
+
+
+class Metrics:
+    """A listener that counts. One registry of its own, so that several can live in one process."""
+
+    def __init__(self, permits: int, pool: str = "default") -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        self._pool = pool
+        self._define_gauges(permits)
+        self._define_counters()
+        self._define_histograms()
+        self._handlers: dict[type[Event], Callable[..., None]] = {
+            Queued: self._queued,
+            Started: self._started,
+            Ended: self._ended,
+            CapacityChanged: self._capacity_changed,
+            PassedThrough: self._passed_through,
+            Refused: self._refused,
+        }
+
+    def __call__(self, event: Event) -> None:
+        """Count one event."""
+        self._handlers[type(event)](event)
+
+    def listener_failed(self) -> None:
+        """A listener raised an exception."""
+        self._listener_failures.inc()
+
+    def expose(self, accept: str) -> tuple[bytes, str]:
+        """All series in the format that the scraper's header `Accept` asks for, and its content type."""
+        encoder, content_type = choose_encoder(accept)
+        return encoder(self.registry), content_type
+
+    def _define_gauges(self, permits: int) -> None:
+        def gauge(name: str, help_text: str, *labels: str) -> Gauge:
+            return Gauge(f"openai_proxy_{name}", help_text, ["pool", *labels], registry=self.registry)
+
+        self._queue_size = gauge(
+            "queue_size",
+            "Requests waiting for a slot now. Near max_queue for long: add capacity, or send less.",
+        ).labels(self._pool)
+        by_priority = gauge(
+            "queue_size_by_priority", "Requests waiting for a slot now, by level of priority.", "priority_level"
+        )
+        self._queue_size_by_priority = {level: by_priority.labels(self._pool, level) for level in priority.LEVELS}
+        self._available_permits = gauge(
+            "available_permits", "Free slots. 0 for long: the upstream is used to the full."
+        ).labels(self._pool)
+        self._permits = gauge("permits", "All slots, as limited just now.").labels(self._pool)
+        self._permits.set(permits)
+        self._available_permits.set(permits)
+        self._in_use = 0
+        self._limit = permits
+
+    def _define_counters(self) -> None:
+        def counter(name: str, help_text: str, *labels: str) -> Counter:
+            return Counter(f"openai_proxy_{name}", help_text, labels, registry=self.registry)
+
+        requests = counter(
+            "requests", "Scheduled requests that have ended, by how.", "pool", "priority_level", "status"
+        )
+        self._requests = {
+            (level, status): requests.labels(self._pool, level, status)
+            for level in priority.LEVELS
+            for status in Status
+        }
+        outcomes = counter(
+            "requests_outcome",
+            "Scheduled requests that have ended, by who or what decided it. upstream_error: look at the upstream; "
+            "proxy_error: a bug of the proxy, with a traceback in its log.",
+            "pool",
+            "outcome",
+        )
+        self._outcomes = {outcome: outcomes.labels(self._pool, outcome) for outcome in Outcome}
+        evicted = counter(
+            "requests_evicted",
+            "Queued requests that had to give their place to a more urgent one, by their own level.",
+            "pool",
+            "evicted_priority",
+        )
+        self._evicted = {level: evicted.labels(self._pool, level) for level in priority.LEVELS}
+        rejected = counter(
+            "requests_rejected", "Requests turned away because the queue was full.", "pool", "priority_level"
+        )
+        self._rejected = {level: rejected.labels(self._pool, level) for level in priority.LEVELS}
+        passed_through = counter(
+            "passthrough_requests", "Requests that need no slot, by class of the answer's status.", "http_status"
+        )
+        self._passed = {status: passed_through.labels(status) for status in PASSED_THROUGH_STATUSES}
+        self._listener_failures = counter(
+            "listener_failures", "Events that a metric, the log or another listener failed on: a bug. See the log."
+        )
+        refused = counter("refused", "Requests turned away before scheduling: malformed or too large.", "code")
+        self._refusals = {
+            ending.code: refused.labels(ending.code)
+            for ending in errors.ENDINGS
+            if ending.http_status is not None and ending.status is None
+        }
+
+    def _define_histograms(self) -> None:
+        def histogram(name: str, help_text: str, buckets: Sequence[float], *labels: str) -> Histogram:
+            return Histogram(
+                f"openai_proxy_{name}_seconds", help_text, ["pool", *labels], registry=self.registry, buckets=buckets
+            )
+
+        waits = histogram(
+            "queue_duration",
+            "Seconds between asking for a slot and leaving the queue, however it was left; 0 if a slot was free.",
+            WAIT_BUCKETS,
+            "priority_level",
+        )
+        self._waits = {level: waits.labels(self._pool, level) for level in priority.LEVELS}
+        upstream = histogram(
+            "openai_duration",
+            "Seconds from sending a request upstream to the last byte of the answer, or to the failure.",
+            UPSTREAM_BUCKETS,
+            "status",
+        )
+        self._upstream = {status: upstream.labels(self._pool, status) for status in UPSTREAM_STATUSES}
+        totals = histogram(
+            "request_duration",
+            "Seconds from a scheduled request's arrival to its end.",
+            TOTAL_BUCKETS,
+            "priority_level",
+            "status",
+        )
+        self._totals = {
+            (level, status): totals.labels(self._pool, level, status) for level in priority.LEVELS for status in Status
+        }
+
+    def _queued(self, event: Queued) -> None:
+        self._queue_size.inc()
+        self._queue_size_by_priority[event.request.priority_level].inc()
+
+    def _started(self, event: Started) -> None:
+        if event.was_queued:
+            self._leave_queue(event.request)
+        self._waits[event.request.priority_level].observe(event.queue_seconds)
+        self._use_slots(+1)
+
+    def _leave_queue(self, request: ScheduledRequest) -> None:
+        self._queue_size.dec()
+        self._queue_size_by_priority[request.priority_level].dec()
+
+    def _use_slots(self, change: int) -> None:
+        self._in_use += change
+        self._available_permits.set(max(self._limit - self._in_use, 0))
+
+    def _ended(self, event: Ended) -> None:
+        level = event.request.priority_level
+        status, outcome = event.ending.status, event.ending.outcome
+        assert status is not None
+        assert outcome is not None
+        self._requests[level, status].inc()
+        self._outcomes[outcome].inc()
+        self._totals[level, status].observe(event.total_seconds)
+        if event.started:
+            self._use_slots(-1)
+        elif event.queue_seconds is not None:
+            self._leave_queue(event.request)
+            self._waits[level].observe(event.queue_seconds)
+        if event.ending is errors.EVICTED:
+            self._evicted[level].inc()
+        elif status is Status.REJECTED:
+            self._rejected[level].inc()
+        if event.progress is not None and event.progress.upstream_seconds is not None:
+            self._upstream[_upstream_status(event.progress)].observe(event.progress.upstream_seconds)
+
+    def _capacity_changed(self, event: CapacityChanged) -> None:
+        self._limit = event.permits
+        self._permits.set(event.permits)
+        self._use_slots(0)
+
+    def _passed_through(self, event: PassedThrough) -> None:
+        self._passed[_passed_through_status(event)].inc()
+
+    def _refused(self, event: Refused) -> None:
+        self._refusals[event.ending.code].inc()

@@ -1,0 +1,171 @@
+"""A request's way through the house, top to bottom: slot, deadline, upstream, sending, each nested in the one before.
+
+A Quart handler returns a `Relay` instead of an answer; the connection that the request came on runs it in its own
+task once the handler is done, so that slot and scopes are lexical. What the connection has to offer is `Client`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import structlog
+import trio
+from quart.wrappers import Response as QuartResponse
+
+from trioproxy import errors, request
+from trioproxy.errors import Headers, ProxyError
+from trioproxy.events import PassedThrough, Progress, Publisher, RequestFacts, ScheduledRequest
+from trioproxy.scheduler import Scheduler
+from trioproxy.upstream import Body, Upstream
+
+log = structlog.get_logger()
+
+
+class Client(Protocol):
+    """The other end of the exchange, as the connection offers it."""
+
+    started: bool
+    """Whether an answer's head has been sent."""
+
+    async def start(self, status: int, headers: Headers) -> None:
+        """Send the answer's head."""
+        ...
+
+    async def send(self, piece: bytes) -> None:
+        """Send a piece of the answer's body; returns when there is room for more."""
+        ...
+
+    async def finish(self, last: bytes = b"") -> None:
+        """Send the last piece, and that it was the last."""
+        ...
+
+    def abort(self) -> None:
+        """Make sure that the client sees that the answer is not whole."""
+        ...
+
+    def body(self) -> AsyncIterator[bytes]:
+        """The pieces of the request's body, as they arrive and are taken."""
+        ...
+
+
+class Relay(QuartResponse):
+    """A request that a handler has handed over: what to run, and with what.
+
+    `body` is the request's body as it goes on upstream; None to pass it on while it arrives.
+    """
+
+    def __init__(
+        self,
+        *,
+        head: request.Head,
+        facts: RequestFacts,
+        body: bytes | None,
+        scheduler: Scheduler,
+        upstream: Upstream,
+        publisher: Publisher,
+    ) -> None:
+        super().__init__()
+        self._head = head
+        self._facts = facts
+        self._body = body
+        self._scheduler = scheduler
+        self._upstream = upstream
+        self._publisher = publisher
+
+    async def run(self, client: Client) -> None:
+        """Serve the request to its end, whatever end that is."""
+        try:
+            if isinstance(self._facts, ScheduledRequest):
+                await self._scheduled(client, self._facts)
+            else:
+                await self._passed_through(client)
+        except ProxyError as error:
+            await self._refuse(client, error)
+        except Exception as error:
+            log.exception("internal error", request_id=self._facts.request_id, error=repr(error))
+            await self._refuse(client, ProxyError(errors.INTERNAL_ERROR, request_id=self._facts.request_id))
+
+    async def _scheduled(self, client: Client, facts: ScheduledRequest) -> None:
+        async with self._scheduler.slot(facts) as slot:
+            with _noting_failure(client, slot.progress, slot.queue_seconds), _deadline(facts):
+                last = await self._forward(client, slot.progress, slot.queue_seconds)
+            assert slot.progress.upstream_status is not None
+            slot.ending = errors.of_upstream_status(slot.progress.upstream_status)
+        await client.finish(last)
+
+    async def _passed_through(self, client: Client) -> None:
+        progress = Progress()
+        ending = errors.CANCELLED
+        try:
+            with _noting_failure(client, progress):
+                if self._scheduler.closed:
+                    raise ProxyError(errors.SHUTTING_DOWN)
+                last = await self._forward(client, progress, None)
+            assert progress.upstream_status is not None
+            ending = errors.of_upstream_status(progress.upstream_status)
+        except ProxyError as error:
+            ending = error.ending
+            raise
+        except Exception:
+            ending = errors.INTERNAL_ERROR
+            raise
+        finally:
+            self._publisher.publish(PassedThrough(self._facts, trio.current_time(), ending, progress))
+        await client.finish(last)
+
+    async def _forward(self, client: Client, progress: Progress, queue_seconds: float | None) -> bytes:
+        """Call the upstream and pass its answer on, all but the last piece: that is returned."""
+        head = self._head
+        headers = request.upstream_headers(
+            head,
+            host=self._upstream.host,
+            authorization=self._upstream.authorization,
+            body_size=head.content_length if self._body is None else len(self._body),
+        )
+        body = Body(client.body() if self._body is None else self._body)
+        async with self._upstream.open(head.method, head.target, headers, body, progress) as response:
+            progress.http_status = response.status
+            await client.start(
+                response.status, request.client_headers(response.headers, head.request_id, queue_seconds)
+            )
+            while True:
+                piece = await response.read()
+                progress.bytes_out += len(piece)
+                if response.whole:
+                    return piece
+                await client.send(piece)
+
+    async def _refuse(self, client: Client, error: ProxyError) -> None:
+        if client.started:
+            client.abort()
+            return
+        status, headers, body = request.refusal(error, self._facts.request_id, random.random())
+        await client.start(status, headers)
+        await client.finish(body)
+
+
+@contextmanager
+def _deadline(facts: ScheduledRequest) -> Iterator[None]:
+    """The client's own deadline, once the request has a slot."""
+    with trio.CancelScope(deadline=facts.deadline) as scope:
+        yield
+    if scope.cancelled_caught:
+        raise ProxyError(errors.DEADLINE_EXCEEDED, limit=facts.deadline - facts.arrived)
+
+
+@contextmanager
+def _noting_failure(client: Client, progress: Progress, queue_seconds: float | None = None) -> Iterator[None]:
+    """Write down what went wrong, and what the client is going to be told of it."""
+    try:
+        yield
+    except Exception as error:
+        ending = error.ending if isinstance(error, ProxyError) else errors.INTERNAL_ERROR
+        progress.error = str(error) or repr(error)
+        if not client.started:
+            progress.http_status = ending.http_status
+        if isinstance(error, ProxyError):
+            error.queue_seconds = queue_seconds
+        raise

@@ -1,0 +1,258 @@
+"""HTTP in → what the scheduler and the upstream need: route, priority, deadline, clean headers. Pure.
+
+Knows nothing of trio, of Quart or of who sends the bytes: it reads an ASGI scope's plain values and says what they
+mean, or raises `ProxyError`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final, TypedDict
+from urllib.parse import unquote_to_bytes
+
+from trioproxy import body, errors, priority
+from trioproxy.errors import INVALID_PRIORITY, INVALID_REQUEST, NOT_FOUND, Headers, ProxyError
+
+PREFIX: Final = b"/v1"
+
+HOP_BY_HOP: Final = frozenset(
+    {
+        b"connection",
+        b"http2-settings",
+        b"keep-alive",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"transfer-encoding",
+        b"upgrade",
+    }
+)
+"""Fields that concern one connection only (RFC 9110 section 7.6.1) and those that are for a proxy."""
+
+OURS: Final = frozenset({b"x-priority", b"x-request-timeout"})
+"""Request fields that are for us."""
+
+_SET_ANEW: Final = frozenset({b"content-length", b"expect", b"host"})
+"""Request fields that say something of the connection to us, and are set anew, if at all, for the one upstream."""
+
+_CREDENTIALS: Final = frozenset({b"authorization", b"openai-organization", b"openai-project"})
+
+_REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+_SECONDS: Final = re.compile(rb"[0-9]{1,9}(\.[0-9]{1,9})?")
+_DEADLINE_MIN: Final = 0.001
+_DEADLINE_MAX: Final = 86_400.0
+_USUALLY_WITHOUT_BODY: Final = frozenset({"GET", "HEAD", "OPTIONS"})
+_VERSIONS: Final = frozenset({"1.0", "1.1", "2"})
+
+
+class Scope(TypedDict):
+    """The part of an ASGI HTTP scope that is read here.
+
+    https://asgi.readthedocs.io/en/latest/specs/www.html#http-connection-scope
+    """
+
+    method: str
+    http_version: str
+    raw_path: bytes
+    query_string: bytes
+    headers: Iterable[tuple[bytes, bytes]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """A request's head, read once."""
+
+    method: str
+    http_version: str
+    path: bytes
+    """As it was sent, without the query; an absolute-form target's path alone."""
+    query: bytes
+    headers: Headers
+    """As they were sent, names in their own letter case."""
+    request_id: str
+    content_length: int | None
+    chunked: bool
+    """Whether a body of unknown length follows."""
+
+    @property
+    def rest(self) -> bytes:
+        """The path behind `/v1`, with its leading slash."""
+        return self.path[len(PREFIX) :]
+
+    @property
+    def target(self) -> bytes:
+        """The path behind `/v1` and the query, as they were sent."""
+        return self.rest + b"?" + self.query if self.query else self.rest
+
+    def values(self, name: bytes) -> list[bytes]:
+        """The values of every field of that (lower-case) name."""
+        return [value for key, value in self.headers if key.lower() == name]
+
+
+def path_of(raw_path: bytes) -> bytes:
+    """The path of a request target in origin-form or absolute-form (RFC 9112 section 3.2)."""
+    if raw_path.startswith(b"/"):
+        return raw_path
+    _, separator, rest = raw_path.partition(b"://")
+    return b"/" + rest.partition(b"/")[2] if separator else raw_path
+
+
+def read_head(scope: Scope) -> Head:
+    """Read a request's head. Never raises: `check` says what is wrong with it, once there is an id to say it to."""
+    headers = [(name, value) for name, value in scope["headers"]]
+    length: int | None = None
+    chunked = False
+    request_id = b""
+    for name, value in headers:
+        match name.lower():
+            case b"content-length" if value.isdigit():
+                length = int(value)
+            case b"transfer-encoding":
+                chunked = True
+            case b"x-request-id" if _REQUEST_ID.fullmatch(value):
+                request_id = value
+            case _:
+                pass
+    if scope["http_version"] == "2" and length is None and scope["method"] not in _USUALLY_WITHOUT_BODY:
+        chunked = True  # HTTP/2 needs no framing fields (RFC 9113 section 8.1)
+    return Head(
+        method=scope["method"],
+        http_version=scope["http_version"],
+        path=path_of(scope["raw_path"]),
+        query=scope["query_string"],
+        headers=headers,
+        request_id=request_id.decode() if request_id else new_request_id(),
+        content_length=length,
+        chunked=chunked,
+    )
+
+
+def new_request_id() -> str:
+    """An id that no other request has."""
+    return "req_" + secrets.token_hex(16)
+
+
+def check(head: Head) -> None:
+    """Refuse what must not be forwarded, whatever it asks for: raises `ProxyError`."""
+    if head.http_version not in _VERSIONS:
+        raise ProxyError(INVALID_REQUEST, reason=f"HTTP/{head.http_version} is not spoken here: use 1.0, 1.1 or 2.")
+    if head.chunked and head.content_length is not None:
+        # RFC 9112 section 6.3: the mark of request smuggling.
+        raise ProxyError(INVALID_REQUEST, reason="Content-Length and Transfer-Encoding were sent together: send one.")
+    if head.path != PREFIX and not head.path.startswith(PREFIX + b"/"):
+        raise ProxyError(NOT_FOUND, path=head.path.decode("latin-1"))
+    decoded = unquote_to_bytes(head.path).replace(b"\\", b"/")
+    if any(segment in (b".", b"..") for segment in decoded.split(b"/")):
+        raise ProxyError(INVALID_REQUEST, reason="The path has dot segments ('.' or '..'): send it without them.")
+
+
+def read_priority(head: Head, fields: body.Reading, default: int) -> int:
+    """The priority by header, else by body, else the default. Raises `ProxyError` for one that means nothing."""
+    by_header = {_header_priority(value) for value in head.values(b"x-priority")}
+    if len(by_header) > 1:
+        raise _invalid_priority("The header X-Priority", "given more than once with different values", "X-Priority")
+    by_body = {_body_priority(text) for text in fields.priorities}
+    if len(by_body) > 1:
+        raise _invalid_priority("The field priority", "given more than once with different values", "priority")
+    return next(iter(by_header or by_body), default)
+
+
+def _header_priority(value: bytes) -> int:
+    text = value.decode("latin-1")
+    if (number := priority.parse(text)) is None:
+        raise _invalid_priority("The header X-Priority", repr(text[:50]), "X-Priority")
+    return number
+
+
+def _body_priority(json_text: str) -> int:
+    text = json.loads(json_text) if json_text.startswith('"') else json_text
+    if (number := priority.parse(text)) is None:
+        raise _invalid_priority("The body's field priority", json_text[:50], "priority")
+    return number
+
+
+def _invalid_priority(where: str, value: str, param: str) -> ProxyError:
+    return ProxyError(INVALID_PRIORITY, param=param, where=where, value=value, accepted=priority.ACCEPTED)
+
+
+def read_timeout(head: Head) -> float | None:
+    """The seconds of `X-Request-Timeout`, None without one. Raises `ProxyError` for an unusable one."""
+    values = head.values(b"x-request-timeout")
+    if not values:
+        return None
+    seconds = {float(value) if _SECONDS.fullmatch(value.strip()) else 0.0 for value in values}
+    if len(seconds) > 1 or not _DEADLINE_MIN <= min(seconds) <= _DEADLINE_MAX:
+        said = ", ".join(value.decode("latin-1")[:50] for value in values)
+        raise ProxyError(
+            INVALID_REQUEST,
+            param="X-Request-Timeout",
+            reason=f"The header X-Request-Timeout is {said!r}: use one number of seconds from {_DEADLINE_MIN} "
+            f"to {_DEADLINE_MAX:.0f}.",
+        )
+    return min(seconds)
+
+
+def _end_to_end(headers: Headers, dropped: frozenset[bytes]) -> Headers:
+    """The fields that are not for one connection only, repeated ones and their order kept."""
+    named: set[bytes] = set()
+    for name, value in headers:
+        if name.lower() == b"connection":
+            named.update(token.strip() for token in value.lower().split(b","))
+    dropped = dropped | HOP_BY_HOP | named if named else dropped | HOP_BY_HOP
+    return [(name, value) for name, value in headers if name.lower() not in dropped]
+
+
+def upstream_headers(head: Head, *, host: bytes, authorization: bytes | None, body_size: int | None) -> Headers:
+    """The fields to send upstream.
+
+    `authorization` replaces the client's credentials unless it is None. `body_size` is the body's length in bytes;
+    None means that a body of unknown length follows (chunked) if `head.chunked`, else that there is none.
+    """
+    dropped = OURS | _SET_ANEW
+    if authorization is not None:
+        dropped |= _CREDENTIALS
+    headers = [(b"Host", host), *_end_to_end(head.headers, dropped)]
+    if authorization is not None:
+        headers.append((b"Authorization", authorization))
+    if body_size is not None:
+        headers.append((b"Content-Length", b"%d" % body_size))
+    elif head.chunked:
+        headers.append((b"Transfer-Encoding", b"chunked"))
+    return headers
+
+
+def identification(request_id: str, queue_seconds: float | None) -> Headers:
+    """The fields that every answer has from us.
+
+    `queue_seconds` becomes a W3C Server-Timing entry in milliseconds; None where nothing was scheduled.
+    """
+    headers = [(b"x-trioproxy-request-id", request_id.encode())]
+    if queue_seconds is not None:
+        headers.append((b"server-timing", b"queue;dur=%.3f" % (1000 * queue_seconds)))
+    return headers
+
+
+def client_headers(upstream: Headers, request_id: str, queue_seconds: float | None) -> Headers:
+    """The fields of the upstream's answer as they go on to the client, and ours."""
+    headers = _end_to_end(upstream, frozenset({b"x-trioproxy-request-id"}))
+    if not any(name.lower() == b"x-request-id" for name, _ in headers):
+        headers.append((b"x-request-id", request_id.encode()))
+    return headers + identification(request_id, queue_seconds)
+
+
+def refusal(error: ProxyError, request_id: str, spread: float) -> tuple[int, Headers, bytes]:
+    """One of our own answers: status, headers, body. `spread` is a random number from 0 to 1."""
+    assert error.ending.http_status is not None
+    body = errors.body(error)
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % len(body)),
+        (b"x-request-id", request_id.encode()),
+        *errors.retry_headers(error, spread),
+        *identification(request_id, error.queue_seconds),
+    ]
+    return error.ending.http_status, headers, body

@@ -1,0 +1,178 @@
+"""The trio side of the scheduler: a slot is a context manager, an eviction cancels a scope, a start sets an event.
+
+Every change of state happens in `Core`, synchronously, and is published in the same moment: between reading the state
+and having published its change there is no checkpoint at which a cancellation could tear it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Final
+
+import trio
+
+from trioproxy import errors
+from trioproxy.errors import Ending, ProxyError
+from trioproxy.events import Ended, Progress, Publisher, Queued, ScheduledRequest, Started
+from trioproxy.scheduler.core import Core, SchedulingEvent, Snapshot
+from trioproxy.scheduler.limits import FixedLimit
+
+
+class Slot:
+    """What a request holds while it runs. Whoever holds it says how it went before giving it back."""
+
+    __slots__ = ("ending", "progress", "queue_seconds", "request")
+
+    def __init__(self, request: ScheduledRequest, queue_seconds: float) -> None:
+        self.request: Final = request
+        self.queue_seconds: Final = queue_seconds
+        self.progress = Progress()
+        self.ending: Ending | None = None
+        """How the request ends if the slot's block is left without an exception; it must be set by then."""
+
+
+class _Waiter:
+    """A queued request's task, until the scheduler's verdict wakes it; a bad one cancels its scope."""
+
+    __slots__ = ("scope", "verdict", "woken")
+
+    def __init__(self) -> None:
+        self.scope = trio.CancelScope()
+        self.woken = trio.Event()
+        self.verdict: Started | Ended | None = None
+
+    def wake(self, verdict: Started | Ended) -> None:
+        self.verdict = verdict
+        if isinstance(verdict, Started):
+            self.woken.set()
+        else:
+            self.scope.cancel(reason=verdict.ending.code)
+
+
+class Scheduler:
+    """Hands out the slots of one pool.
+
+    All methods must be called from the trio thread. Nothing here needs a task of its own: whoever gives a slot back
+    starts the next one.
+    """
+
+    def __init__(self, limit: FixedLimit, max_queue: int, queue_timeout: float, publisher: Publisher) -> None:
+        self._limit = limit
+        self._core = Core(limit, max_queue)
+        self._queue_timeout = queue_timeout
+        self._publisher = publisher
+        self._waiters: dict[ScheduledRequest, _Waiter] = {}
+
+    @asynccontextmanager
+    async def slot(self, request: ScheduledRequest) -> AsyncIterator[Slot]:
+        """Hold a slot for the block, waiting for it first if need be.
+
+        Publishes exactly one `Ended`, whatever happens. On leaving the block the request's ending is what an
+        exception says (`ProxyError`: its own; a cancellation: CANCELLED; any other: INTERNAL_ERROR), else
+        `slot.ending`; the slot is free, and the next request has it, before this returns.
+
+        Raises `ProxyError` when there is no slot to be had: QUEUE_FULL, SHUTTING_DOWN, EVICTED, QUEUE_TIMEOUT,
+        DEADLINE_EXCEEDED.
+        """
+        slot = Slot(request, await self._admit(request))
+        try:
+            yield slot
+        except BaseException as error:
+            slot.ending = _ending_of(error)
+            raise
+        finally:
+            now = trio.current_time()
+            self._carry_out(self._core.finish(request, now, slot.ending or errors.INTERNAL_ERROR, slot.progress))
+
+    def resize(self, *, concurrency: int | None = None, max_queue: int | None = None) -> None:
+        """Change the pool's capacity: raising starts waiting requests at once, lowering drains."""
+        if concurrency is not None:
+            self._limit.permits = concurrency
+        self._carry_out(self._core.resize(trio.current_time(), max_queue))
+
+    def close(self) -> None:
+        """Turn newcomers away with SHUTTING_DOWN from now on; who runs or waits goes on."""
+        self._core.close()
+
+    @property
+    def closed(self) -> bool:
+        """Whether newcomers are turned away."""
+        return not self._core.accepting
+
+    def retry_after(self) -> float:
+        """In how many seconds a refused request has a chance, by the measured rate at which slots come free."""
+        return self._core.retry_after(trio.current_time())
+
+    def snapshot(self) -> Snapshot:
+        """All of the pool's state, frozen."""
+        return self._core.snapshot()
+
+    def __repr__(self) -> str:
+        return f"<Scheduler of {self._core!r}>"
+
+    async def _admit(self, request: ScheduledRequest) -> float:
+        """Returns, once a slot is held, the seconds that it took."""
+        asked = trio.current_time()
+        *_, verdict = self._carry_out(self._core.submit(request, asked))
+        if isinstance(verdict, Ended):
+            raise self._refusal(verdict)
+        if isinstance(verdict, Started):
+            return verdict.queue_seconds
+        waiter = self._waiters[request]
+        times_out = asked + self._queue_timeout
+        waiter.scope.deadline = min(times_out, request.deadline)
+        try:
+            with waiter.scope:
+                await waiter.woken.wait()
+        except BaseException:
+            self._abandon(request, waiter)
+            raise
+        if isinstance(waiter.verdict, Started):
+            return waiter.verdict.queue_seconds
+        if waiter.verdict is None:
+            self._leave(request, errors.DEADLINE_EXCEEDED if request.deadline <= times_out else errors.QUEUE_TIMEOUT)
+        assert isinstance(waiter.verdict, Ended)
+        raise self._refusal(waiter.verdict)
+
+    def _abandon(self, request: ScheduledRequest, waiter: _Waiter) -> None:
+        """The waiting task was cancelled: it may have been given a slot, or evicted, a moment before."""
+        if isinstance(waiter.verdict, Started):
+            self._carry_out(self._core.finish(request, trio.current_time(), errors.CANCELLED, Progress()))
+        elif waiter.verdict is None:
+            self._leave(request, errors.CANCELLED)
+
+    def _leave(self, request: ScheduledRequest, ending: Ending) -> None:
+        self._carry_out(self._core.leave(request, trio.current_time(), ending))
+
+    def _carry_out(self, events: list[SchedulingEvent]) -> list[SchedulingEvent]:
+        """Wake whom the events concern and tell the listeners; returns the events."""
+        for event in events:
+            match event:
+                case Queued(request):
+                    self._waiters[request] = _Waiter()
+                case Started(request) | Ended(request) if (waiter := self._waiters.pop(request, None)) is not None:
+                    waiter.wake(event)
+            self._publisher.publish(event)
+        return events
+
+    def _refusal(self, ended: Ended) -> ProxyError:
+        request = ended.request
+        waited = ended.queue_seconds or 0.0
+        return ProxyError(
+            ended.ending,
+            queue_seconds=waited,
+            retry_after=self.retry_after(),
+            priority=request.priority,
+            permits=self._limit.permits,
+            queued=self._core.queued,
+            max_queue=self._core.max_queue,
+            waited=waited,
+            limit=self._queue_timeout if ended.ending is errors.QUEUE_TIMEOUT else request.deadline - request.arrived,
+        )
+
+
+def _ending_of(error: BaseException) -> Ending:
+    if isinstance(error, ProxyError):
+        return error.ending
+    return errors.CANCELLED if isinstance(error, trio.Cancelled) else errors.INTERNAL_ERROR

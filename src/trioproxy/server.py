@@ -1,0 +1,287 @@
+"""`trioproxy serve`: the application on Hypercorn's own parts, with what an ASGI application cannot do for itself.
+
+Hypercorn's `trio.serve()` lets one connection's exception end the process, shields its writes from cancellation (a
+client that stops reading holds its task for ever) and stops listening before `/ready` could say why. So the server is
+put together here from Hypercorn's `TCPServer`, `WorkerContext`, `Lifespan` and `ASGIWrapper`, none of them patched,
+with an `except` around each connection, a `GuardedStream` below it, and a shutdown in two phases.
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+import socket
+import struct
+from collections.abc import Callable
+from typing import Final
+
+import structlog
+import trio
+from hypercorn.app_wrappers import ASGIWrapper
+from hypercorn.config import Config
+from hypercorn.trio.lifespan import Lifespan
+from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.typing import ConnectionState, LifespanState
+from hypercorn.utils import repr_socket_addr
+
+from trioproxy.app import ProxyApp
+from trioproxy.config import Settings
+from trioproxy.connection import GUARD
+
+log = structlog.get_logger()
+
+HEADERS_SIZE_MAX: Final = 64 * 1024
+UPLOAD_PIECES_MAX: Final = 2
+"""How many pieces of an upload may wait for being taken, of 64 KiB at most each."""
+
+LEFT_SECONDS: Final = 1.0
+"""How often long exchanges are looked at for clients that have gone unseen, and how long is long."""
+
+CLOSING_SECONDS: Final = 0.5
+"""How long a connection's tasks may go on after its client has closed it."""
+
+_GONE: Final = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
+
+
+class GuardedStream(trio.abc.HalfCloseableStream):
+    """The socket below one of Hypercorn's connections.
+
+    A write without progress for `write_timeout` seconds is given up, inside whatever shield it is called, and the
+    socket closed: Hypercorn takes that for a disconnect.
+    """
+
+    def __init__(self, stream: trio.SocketStream, write_timeout: float, activity: _Activity) -> None:
+        self.socket: Final = stream.socket
+        self.scope: Final = trio.CancelScope()
+        """Around all of the connection's tasks."""
+        self._stream = stream
+        self._write_timeout = write_timeout
+        self._activity = activity
+        self._sending: trio.CancelScope | None = None
+        self._exchanges: dict[Callable[[], None], float] = {}
+        self._resetting = False
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """Send everything. Raises `BrokenResourceError` when the client has gone or does not read."""
+        rest = memoryview(data)
+        with trio.CancelScope() as self._sending:
+            while rest:
+                self._sending.deadline = trio.current_time() + self._write_timeout
+                try:
+                    sent = await self.socket.send(rest)
+                except (OSError, trio.ClosedResourceError) as error:
+                    raise trio.BrokenResourceError from error
+                rest = rest[sent:]
+        if self._sending.cancelled_caught:
+            self.abort()
+            raise trio.BrokenResourceError
+
+    async def wait_send_all_might_not_block(self) -> None:
+        """As the socket says."""
+        await self._stream.wait_send_all_might_not_block()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        """What has come from the client; b"" when it has closed its side."""
+        data = await self._stream.receive_some(max_bytes)
+        if not data:
+            self.leave()
+        return bytes(data)
+
+    async def send_eof(self) -> None:
+        """Close our side, unless the connection is to end with a reset."""
+        if not self._resetting:
+            await self._stream.send_eof()
+
+    async def aclose(self) -> None:
+        """Close the socket."""
+        await self._stream.aclose()
+
+    def watch(self, leave: Callable[[], None]) -> None:
+        """Call `leave` as soon as the client is seen to have gone, also while nobody reads from it."""
+        self._exchanges[leave] = trio.current_time()
+        self._activity.began(self)
+
+    def unwatch(self, leave: Callable[[], None]) -> None:
+        """The exchange is over."""
+        del self._exchanges[leave]
+        self._activity.ended(self, idle=not self._exchanges)
+
+    def is_long(self, now: float) -> bool:
+        """Whether an exchange has been going on for long enough to be looked at."""
+        return any(now - began >= LEFT_SECONDS for began in self._exchanges.values())
+
+    def reset_on_close(self) -> None:
+        """Close the connection with a reset, so that an end that is told by closing alone does not look clean."""
+        self._resetting = True
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    def leave(self) -> None:
+        """The client has gone: stop what is done for it, and soon everything else on this connection."""
+        for leave in list(self._exchanges):
+            leave()
+        if self._sending is not None:
+            self._sending.cancel(reason="the client has gone")
+        self.scope.deadline = min(self.scope.deadline, trio.current_time() + CLOSING_SECONDS)
+
+    def abort(self) -> None:
+        """Close the socket now; whoever uses it gets an error."""
+        self.socket.close()
+
+
+class _Activity:
+    """Which connections have an exchange going on."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._idle = trio.Event()
+        self._idle.set()
+        self.streams: set[GuardedStream] = set()
+
+    def began(self, stream: GuardedStream) -> None:
+        self.streams.add(stream)
+        if not self._count:
+            self._idle = trio.Event()
+        self._count += 1
+
+    def ended(self, stream: GuardedStream, *, idle: bool) -> None:
+        if idle:
+            self.streams.discard(stream)
+        self._count -= 1
+        if not self._count:
+            self._idle.set()
+
+    async def wait_idle(self) -> None:
+        """Return once no exchange is going on."""
+        while self._count:
+            await self._idle.wait()
+
+    async def look_for_the_gone(self) -> None:
+        """Look at long exchanges for clients that have closed while nobody was reading from their sockets.
+
+        Hypercorn does not read while another request of the same connection waits, nor while an upload is not taken.
+        """
+        while True:
+            await trio.sleep(LEFT_SECONDS)
+            now = trio.current_time()
+            by_descriptor = {stream.socket.fileno(): stream for stream in self.streams if stream.is_long(now)}
+            by_descriptor.pop(-1, None)
+            poll = select.poll()
+            for descriptor in by_descriptor:
+                poll.register(descriptor, _GONE & ~(select.POLLHUP | select.POLLERR))
+            for descriptor, _ in poll.poll(0):
+                by_descriptor[descriptor].leave()
+
+
+class Server:
+    """One application on its sockets, until it is told to shut down."""
+
+    def __init__(self, app: ProxyApp, settings: Settings) -> None:
+        """Binds the sockets. Raises OSError if one cannot be had."""
+        self._app = app
+        self._settings = settings
+        self._config = _hypercorn_config(settings)
+        self._sockets = self._config.create_sockets().insecure_sockets
+        self._context = WorkerContext(None)
+        self._streams: set[GuardedStream] = set()
+        self._activity = _Activity()
+        self._told = (trio.Event(), trio.Event())
+
+    def shut_down(self) -> None:
+        """The first call drains: requests that are here go on, new ones are refused. The second ends at once."""
+        drain, at_once = self._told
+        (at_once if drain.is_set() else drain).set()
+
+    async def run(self, *, task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until shut down; `task_status` gets the addresses that are listened on, as URLs."""
+        wrapped = ASGIWrapper(self._app)
+        state: LifespanState = {}
+        lifespan = Lifespan(wrapped, self._config, state)
+        async with trio.open_nursery() as lifespan_nursery:
+            await lifespan_nursery.start(lifespan.handle_lifespan)
+            await lifespan.wait_for_startup()
+            async with trio.open_nursery() as connections:
+                await self._listen_until_told(wrapped, connections, task_status)
+            await lifespan.wait_for_shutdown()
+            lifespan_nursery.cancel_scope.cancel()
+
+    async def _listen_until_told(
+        self, wrapped: ASGIWrapper, connections: trio.Nursery, task_status: trio.TaskStatus[list[str]]
+    ) -> None:
+        async def connection(stream: trio.SocketStream) -> None:
+            await self._serve_connection(wrapped, stream)
+
+        listeners = []
+        for sock in self._sockets:
+            sock.listen(self._settings.server.backlog)
+            listeners.append(trio.SocketListener(trio.socket.from_stdlib_socket(sock)))
+        addresses = [_url(sock) for sock in self._sockets]
+        async with trio.open_nursery() as listening:
+            listening.start_soon(self._activity.look_for_the_gone)
+            serve = trio.serve_listeners
+            await listening.start(
+                lambda task_status: serve(connection, listeners, handler_nursery=connections, task_status=task_status)
+            )
+            log.info("listening", addresses=addresses)
+            task_status.started(addresses)
+            await self._drain()
+            listening.cancel_scope.cancel()
+        await self._context.terminated.set()
+        for stream in list(self._streams):
+            stream.leave()
+            stream.abort()
+        connections.cancel_scope.cancel()
+
+    async def _drain(self) -> None:
+        """Wait for being told to shut down, and then for what is going on, as long as it may."""
+        drain, at_once = self._told
+        await drain.wait()
+        self._app.proxy.scheduler.close()
+        grace = self._settings.server.shutdown_grace
+        log.info("shutting down", grace_seconds=grace)
+        async with trio.open_nursery() as nursery:
+
+            async def end(wait: Callable[[], object]) -> None:
+                await wait()  # type: ignore[misc]
+                nursery.cancel_scope.cancel()
+
+            nursery.cancel_scope.deadline = trio.current_time() + grace
+            nursery.start_soon(end, at_once.wait)
+            nursery.start_soon(end, self._activity.wait_idle)
+
+    async def _serve_connection(self, wrapped: ASGIWrapper, stream: trio.SocketStream) -> None:
+        guarded = GuardedStream(stream, self._settings.server.client_write_timeout, self._activity)
+        self._streams.add(guarded)
+        state = ConnectionState({GUARD: guarded})
+        try:
+            with guarded.scope:
+                await TCPServer(wrapped, self._config, self._context, state, guarded).run()  # type: ignore[arg-type]
+        except Exception as error:
+            log.warning("a connection failed", exc_info=error, error=repr(error))
+        finally:
+            self._streams.discard(guarded)
+            # Hypercorn does not come to closing it when it is cancelled.
+            guarded.abort()
+
+
+def _hypercorn_config(settings: Settings) -> Config:
+    config = Config()
+    config.bind = list(settings.server.bind)
+    config.backlog = settings.server.backlog
+    config.keep_alive_timeout = settings.server.keep_alive_timeout
+    config.keep_alive_max_requests = 2**31
+    config.h11_max_incomplete_size = HEADERS_SIZE_MAX
+    config.h2_max_header_list_size = HEADERS_SIZE_MAX
+    config.max_app_queue_size = UPLOAD_PIECES_MAX
+    # Field names, Date and Server are the upstream's.
+    config.h11_pass_raw_headers = True
+    config.include_date_header = False
+    config.include_server_header = False
+    config.accesslog = None
+    config.errorlog = logging.getLogger("hypercorn.error")
+    return config
+
+
+def _url(sock: socket.socket) -> str:
+    address = repr_socket_addr(sock.family, sock.getsockname())
+    return address if sock.family == socket.AF_UNIX else f"http://{address}"

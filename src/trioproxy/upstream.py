@@ -1,0 +1,312 @@
+"""Calls to the one upstream: a context manager per call. The only module that knows httpx.
+
+Admission already decides how many calls there are, so connections never queue: an idle one is taken from a
+last-in-first-out stack, or a new one is made. Errors of httpx become `ProxyError` here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+import ssl
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import Final
+from urllib.request import getproxies, proxy_bypass
+
+import httpx
+import trio
+
+from trioproxy import errors
+from trioproxy.config import ConfigError, UpstreamSettings
+from trioproxy.errors import Headers, ProxyError
+from trioproxy.events import Progress
+
+_BODILESS_STATUS: Final = frozenset({204, 304})
+_CLOSE_SECONDS_MAX: Final = 1.0
+
+KNOWN_OUT_SECONDS: Final = 10.0
+"""How long a failed attempt to connect counts as knowledge that the upstream is out."""
+
+
+class Body(httpx.AsyncByteStream):
+    """A request's body: whole, or in pieces that arrive while it is being sent.
+
+    Not a generator, which would be left to the garbage collector whenever a call is cut off.
+    """
+
+    def __init__(self, content: bytes | AsyncIterator[bytes]) -> None:
+        self._content = content
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self if isinstance(self._content, bytes) else self._content
+
+    async def __anext__(self) -> bytes:
+        if not self._content:
+            raise StopAsyncIteration
+        assert isinstance(self._content, bytes)
+        content, self._content = self._content, b""
+        return content
+
+
+class _Phases:
+    """The time limits of one call, on one cancel scope: one phase is under way at a time, the whole goes on beside."""
+
+    def __init__(self, request_timeout: float | None) -> None:
+        self.scope = trio.CancelScope()
+        self.began = trio.current_time()
+        self.sent_at: float | None = None
+        self._request_timeout = request_timeout
+        self._ends = math.inf if request_timeout is None else self.began + request_timeout
+        self._setting = ""
+        self._limit = math.inf
+
+    def enter(self, setting: str, limit: float) -> None:
+        """From now on at most `limit` seconds, by the setting of that name."""
+        self._setting, self._limit = setting, limit
+        self.scope.deadline = min(trio.current_time() + limit, self._ends)
+
+    def leave(self) -> None:
+        """Wait for nothing in particular."""
+        self.scope.deadline = self._ends
+
+    @property
+    def seconds(self) -> float:
+        """Since the request was sent; since the call began if it never was."""
+        return trio.current_time() - (self.began if self.sent_at is None else self.sent_at)
+
+    def error(self, upstream: str) -> ProxyError:
+        """What it means that the scope's deadline has passed."""
+        if self._request_timeout is not None and trio.current_time() >= self._ends:
+            setting, limit = "upstream.request_timeout", self._request_timeout
+        else:
+            setting, limit = self._setting, self._limit
+        if setting == "upstream.connect_timeout":
+            reason = f"no connection within {limit:g} s ({setting})."
+            return ProxyError(errors.UPSTREAM_UNREACHABLE, upstream=upstream, reason=reason)
+        return ProxyError(errors.UPSTREAM_TIMEOUT, limit=limit, setting=setting)
+
+    async def trace(self, name: str, info: dict[str, object]) -> None:
+        """Told by httpcore how far it is: https://www.encode.io/httpcore/extensions/#trace."""
+        if getattr(info.get("request"), "method", None) == b"CONNECT":
+            return  # a tunnel through a forward proxy belongs to connecting
+        if name == "http11.send_request_headers.started":
+            self.sent_at = trio.current_time()
+            self.leave()
+
+
+class Response:
+    """The upstream's answer: its head, and its body piece by piece as it arrives."""
+
+    def __init__(self, response: httpx.Response, method: str, phases: _Phases, idle_timeout: float) -> None:
+        assert isinstance(response.stream, httpx.AsyncByteStream)
+        self.status: Final = response.status_code
+        self.headers: Final[Headers] = response.headers.raw
+        self.whole = False
+        """Whether the body has been read to its end."""
+        self._stream = response.stream
+        self._pieces = response.stream.__aiter__()
+        self._phases = phases
+        self._idle_timeout = idle_timeout
+        self._left = math.inf
+        if method == "HEAD" or self.status in _BODILESS_STATUS:
+            self._left = 0
+        elif "transfer-encoding" not in response.headers and "content-length" in response.headers:
+            self._left = int(response.headers["content-length"])
+
+    async def read(self) -> bytes:
+        """The next piece; b"" at the end. With the last piece of a body of known length, `whole` is true already.
+
+        Raises `ProxyError` if the upstream breaks off.
+        """
+        piece = await self._next() if self._left else b""
+        self._left -= len(piece)
+        if not self._left and not self.whole:
+            await self._next()
+        return piece
+
+    async def _next(self) -> bytes:
+        self._phases.enter("upstream.idle_timeout", self._idle_timeout)
+        try:
+            return await anext(self._pieces)
+        except StopAsyncIteration:
+            self.whole = True
+            return b""
+        except httpx.HTTPError as error:
+            raise ProxyError(errors.UPSTREAM_BROKE_OFF, reason=_reason(error)) from error
+        finally:
+            self._phases.leave()
+
+    async def release(self) -> None:
+        """Free the connection, once `whole`."""
+        await self._stream.aclose()
+
+    async def run_out(self) -> None:
+        """Read on until the closed connection says so.
+
+        httpcore's nested generators end themselves then; dropped half-way they are left to the garbage collector.
+        """
+        with suppress(httpx.HTTPError, StopAsyncIteration):
+            while True:
+                await anext(self._pieces)
+
+
+class Upstream:
+    """The server that calls go to, and the idle connections to it.
+
+    `new_connection` makes something that carries one call at a time; by default a real connection, through the forward
+    proxy that the environment names. Raises `ConfigError` if that cannot be used.
+    """
+
+    def __init__(
+        self, settings: UpstreamSettings, new_connection: Callable[[], httpx.AsyncBaseTransport] | None = None
+    ) -> None:
+        self._settings = settings
+        self._url = httpx.URL(settings.base_url)
+        self._path: Final = self._url.raw_path.rstrip(b"/")
+        self.host: Final = self._url.netloc
+        """The value of the header `Host` for this upstream."""
+        self.authorization: Final = (
+            None if settings.api_key is None else b"Bearer " + settings.api_key.get_secret_value().encode()
+        )
+        """The value of the header `Authorization` that replaces the client's; None if the client's goes through."""
+        self._new_connection: Final = new_connection or _real_connections(self._url, settings.keep_alive_expiry)
+        self._idle: deque[tuple[httpx.AsyncBaseTransport, float]] = deque()
+        self._busy = 0
+        self._unreachable_at = -math.inf
+
+    @asynccontextmanager
+    async def open(
+        self, method: str, target: bytes, headers: Headers, body: Body, progress: Progress
+    ) -> AsyncIterator[Response]:
+        """One call. The answer's head has arrived when the block is entered; when it is left, the call is over.
+
+        `target` is what follows the base URL's path: a raw path and query. The connection is kept for a later call if
+        the answer was read to its end and closed otherwise, so that the upstream notices. What the call came to is
+        written into `progress`. Raises `ProxyError`: UPSTREAM_UNREACHABLE, UPSTREAM_PROTOCOL_ERROR, UPSTREAM_TIMEOUT.
+        """
+        phases = _Phases(self._settings.request_timeout)
+        response: Response | None = None
+        self._busy += 1
+        # It opens itself anew if it has expired or the upstream has closed it meanwhile.
+        connection = self._idle.pop()[0] if self._idle else self._new_connection()
+        try:
+            with phases.scope:
+                phases.enter("upstream.connect_timeout", self._settings.connect_timeout)
+                with self._translated():
+                    answer = await connection.handle_async_request(self._request(method, target, headers, body, phases))
+                phases.leave()
+                self._unreachable_at = -math.inf
+                progress.upstream_status = answer.status_code
+                response = Response(answer, method, phases, self._settings.idle_timeout)
+                if answer.status_code == 101:
+                    reason = "it switched protocols (101), which was not asked for."
+                    raise ProxyError(errors.UPSTREAM_PROTOCOL_ERROR, upstream=str(self._url), reason=reason)
+                yield response
+            if phases.scope.cancelled_caught:
+                raise phases.error(str(self._url))
+        finally:
+            self._busy -= 1
+            progress.upstream_seconds = phases.seconds
+            progress.upstream_whole = response is not None and response.whole
+            await self._give_back(connection, response)
+
+    async def close_expired(self) -> None:
+        """Close the connections that have been idle for longer than `upstream.keep_alive_expiry`."""
+        oldest = trio.current_time() - self._settings.keep_alive_expiry
+        while self._idle and self._idle[0][1] < oldest:
+            await self._idle.popleft()[0].aclose()
+
+    async def aclose(self) -> None:
+        """Close all idle connections."""
+        while self._idle:
+            await self._idle.popleft()[0].aclose()
+
+    @property
+    def known_out(self) -> bool:
+        """Whether the last attempt to connect failed, a short while ago: after that nothing is known any more."""
+        return trio.current_time() - self._unreachable_at < KNOWN_OUT_SECONDS
+
+    @property
+    def idle(self) -> int:
+        """How many idle connections are kept."""
+        return len(self._idle)
+
+    def __repr__(self) -> str:
+        return f"<Upstream {self._url}: {self._busy} calls, {len(self._idle)} idle connections>"
+
+    async def _give_back(self, connection: httpx.AsyncBaseTransport, response: Response | None) -> None:
+        """Keep the connection or close it, also while being cancelled: nothing here waits for the upstream."""
+        with trio.move_on_after(_CLOSE_SECONDS_MAX, shield=True):
+            if response is not None and response.whole:
+                await response.release()
+                self._idle.append((connection, trio.current_time()))
+                return
+            await connection.aclose()
+            if response is not None:
+                await response.run_out()
+
+    def _request(self, method: str, target: bytes, headers: Headers, body: Body, phases: _Phases) -> httpx.Request:
+        async def trace(name: str, info: dict[str, object]) -> None:
+            await phases.trace(name, info)
+            if name == "http11.receive_response_headers.started" and phases.sent_at is not None:
+                phases.enter("upstream.first_byte_timeout", self._settings.first_byte_timeout)
+
+        return httpx.Request(
+            method,
+            self._url,
+            headers=headers,
+            stream=body,
+            extensions={
+                # Sent as it is: httpx would decode and encode it again.
+                "target": self._path + target,
+                "timeout": {"write": self._settings.idle_timeout},
+                "trace": trace,
+            },
+        )
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        """Errors of httpx, before the answer's head has arrived, as ours."""
+        upstream = str(self._url)
+        try:
+            yield
+        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError, httpx.UnsupportedProtocol) as error:
+            self._unreachable_at = trio.current_time()
+            raise ProxyError(errors.UPSTREAM_UNREACHABLE, upstream=upstream, reason=_reason(error)) from error
+        except httpx.WriteTimeout as error:
+            limit = self._settings.idle_timeout
+            raise ProxyError(errors.UPSTREAM_TIMEOUT, limit=limit, setting="upstream.idle_timeout") from error
+        except (httpx.NetworkError, httpx.ProtocolError) as error:
+            raise ProxyError(errors.UPSTREAM_PROTOCOL_ERROR, upstream=upstream, reason=_reason(error)) from error
+
+
+def _reason(error: BaseException) -> str:
+    """The message of the error that was at the root of it."""
+    root = error
+    while (cause := root.__cause__ or root.__context__) is not None:
+        root = cause.exceptions[0] if isinstance(cause, BaseExceptionGroup) else cause
+    return f"{str(root) or str(error) or type(error).__name__}."
+
+
+def _real_connections(url: httpx.URL, keep_alive_expiry: float) -> Callable[[], httpx.AsyncBaseTransport]:
+    # httpx wants a context for plain HTTP too; loading the CA certificates for it would only take time.
+    context = httpx.create_ssl_context() if url.scheme == "https" else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    limits = httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=keep_alive_expiry)
+    proxy = _environment_proxy(url)
+    return lambda: httpx.AsyncHTTPTransport(verify=context, proxy=proxy, limits=limits)
+
+
+def _environment_proxy(url: httpx.URL) -> httpx.Proxy | None:
+    """The forward proxy that HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY say to use for this URL."""
+    proxies = getproxies()
+    address = proxies.get(url.scheme) or proxies.get("all")
+    if not address or proxy_bypass(url.netloc.decode()):
+        return None
+    variable = f"{url.scheme.upper()}_PROXY or ALL_PROXY"
+    try:
+        proxy = httpx.Proxy(address if "://" in address else f"http://{address}")
+        httpx.AsyncHTTPTransport(proxy=proxy, verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+    except (ImportError, ValueError, httpx.InvalidURL) as error:
+        raise ConfigError(f"{variable} in the environment: it cannot be used as a forward proxy: {error}") from error
+    return proxy

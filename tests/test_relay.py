@@ -1,0 +1,490 @@
+"""A request's way through the house, in memory: every timeout, every refusal, every way of failing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import httpcore
+import pytest
+import trio
+import trio.testing
+from trio.testing import MockClock
+
+from memory import House
+from support import CHUNKED, LAST_CHUNK, chunk
+from trioproxy.errors import Status
+
+ONE_SLOT: dict[str, Any] = {"concurrency": 1, "max_queue": 2, "queue_timeout": 300}
+
+Build = Callable[..., House]
+
+
+async def test_an_answer_goes_through_unchanged(autojump_clock: MockClock, house: Build) -> None:
+    h = house()
+    client = h.send(body=b'{"model": "m", "x": 1.10}', headers=[("X-Priority", "high"), ("X-Custom", "a")])
+    call = await h.upstream.call()
+    assert (call.method, call.target, call.body) == ("POST", "/v1/chat/completions", b'{"model": "m", "x": 1.10}')
+    assert call.header("X-Priority") is None
+    assert call.header("x-custom") == "a"
+    assert call.header("host") == "upstream.test"
+    await call.answer(b'{"answer": 42}', status=201, x_request_id="theirs")
+    await client.answer.done.wait()
+    assert (client.answer.status, client.answer.body, client.answer.whole) == (201, b'{"answer": 42}', True)
+    assert client.answer.headers["x-request-id"] == "theirs"
+    assert client.answer.headers["server-timing"] == "queue;dur=0.000"
+    (ended,) = h.recorder.ended
+    assert ended.ending.status is Status.COMPLETED
+    assert ended.progress is not None
+    assert (ended.progress.http_status, ended.progress.bytes_out) == (201, 14)
+    h.assert_settled()
+    assert h.proxy.upstream.idle == 1
+
+
+async def test_a_stream_arrives_piece_by_piece(autojump_clock: MockClock, house: Build) -> None:
+    h = house()
+    client = h.send()
+    call = await h.upstream.call()
+    await call.send(CHUNKED)
+    for piece in (b"data: 1\n\n", b"data: 2\n\n"):
+        await call.send(chunk(piece))
+        await trio.testing.wait_all_tasks_blocked()
+        assert client.answer.body.endswith(piece)
+        assert not client.answer.whole
+    await call.send(LAST_CHUNK)
+    await client.answer.done.wait()
+    assert client.answer.whole
+    h.assert_settled()
+
+
+async def test_queue_timeout(autojump_clock: MockClock, house: Build) -> None:
+    h = house(scheduler=ONE_SLOT)
+    first = h.send()
+    call = await h.upstream.call()
+    began = trio.current_time()
+    second = await h.client().post()
+    assert trio.current_time() - began == pytest.approx(300)
+    assert (second.status, second.code) == (504, "queue_timeout")
+    assert second.headers["x-should-retry"] == "false"
+    assert second.headers["server-timing"] == "queue;dur=300000.000"
+    await call.answer()
+    await first.answer.done.wait()
+    assert h.recorder.outcomes() == ["timeout", "success"]
+    assert len(h.upstream.calls) == 1
+    h.assert_settled()
+
+
+async def test_own_deadline_while_queued(autojump_clock: MockClock, house: Build) -> None:
+    h = house(scheduler=ONE_SLOT)
+    first = h.send()
+    call = await h.upstream.call()
+    began = trio.current_time()
+    second = await h.client().post(headers=[("X-Request-Timeout", "2.5")])
+    assert trio.current_time() - began == pytest.approx(2.5)
+    assert (second.status, second.code) == (504, "deadline_exceeded")
+    await call.answer()
+    await first.answer.done.wait()
+    h.assert_settled()
+
+
+async def test_own_deadline_while_the_upstream_works(autojump_clock: MockClock, house: Build) -> None:
+    h = house()
+    client = h.send(headers=[("X-Request-Timeout", "3")])
+    call = await h.upstream.call()
+    await client.answer.done.wait()
+    assert trio.current_time() == pytest.approx(3)
+    assert (client.answer.status, client.answer.code) == (504, "deadline_exceeded")
+    await call.gone.wait()
+    assert h.recorder.outcomes() == ["timeout"]
+    h.assert_settled()
+
+
+async def test_own_deadline_while_streaming_breaks_the_answer_off(autojump_clock: MockClock, house: Build) -> None:
+    h = house()
+    client = h.send(headers=[("X-Request-Timeout", "3")])
+    call = await h.upstream.call()
+    await call.send(CHUNKED + chunk(b"data: 1\n\n"))
+    await client.answer.done.wait()
+    assert (client.answer.status, client.answer.body, client.answer.whole) == (200, b"data: 1\n\n", False)
+    await call.gone.wait()
+    assert h.recorder.outcomes() == ["timeout"]
+    h.assert_settled()
+
+
+async def test_own_deadline_while_the_body_arrives(autojump_clock: MockClock, house: Build) -> None:
+    h = house()
+    answer = await h.client().post(body=None, headers=[("X-Request-Timeout", "1"), ("Content-Length", "5")])
+    assert (answer.status, answer.code) == (504, "deadline_exceeded")
+    assert h.recorder.outcomes() == ["timeout"]
+    assert h.upstream.calls == []
+    h.assert_settled()
+
+
+async def test_connect_timeout(autojump_clock: MockClock, house: Build) -> None:
+    h = house()
+    h.upstream.accept = trio.sleep_forever
+    answer = await h.client().post()
+    assert trio.current_time() == pytest.approx(10)
+    assert (answer.status, answer.code) == (502, "upstream_unreachable")
+    assert answer.headers["retry-after"] == "1"
+    assert answer.headers["x-should-retry"] == "true"
+    assert h.recorder.outcomes() == ["upstream_error"]
+    h.assert_settled()
+
+
+async def test_first_byte_timeout(autojump_clock: MockClock, house: Build) -> None:
+    h = house(upstream={"first_byte_timeout": 7})
+    client = h.send()
+    call = await h.upstream.call()
+    await client.answer.done.wait()
+    assert trio.current_time() == pytest.approx(7)
+    assert (client.answer.status, client.answer.code) == (504, "upstream_timeout")
+    assert "upstream.first_byte_timeout" in client.answer.body.decode()
+    await call.gone.wait()
+    assert h.recorder.outcomes() == ["timeout"]
+    h.assert_settled()
+
+
+async def test_a_trickled_head_does_not_extend_the_first_byte_timeout(autojump_clock: MockClock, house: Build) -> None:
+    h = house(upstream={"first_byte_timeout": 7})
+    client = h.send()
+    call = await h.upstream.call()
+    for byte in b"HTTP/1":
+        await call.send(bytes([byte]))
+        await trio.sleep(1)
+    await client.answer.done.wait()
+    assert trio.current_time() == pytest.approx(7)
+    assert (client.answer.status, client.answer.code) == (504, "upstream_timeout")
+
+
+async def test_idle_timeout_breaks_the_answer_off(autojump_clock: MockClock, house: Build) -> None:
+    h = house(upstream={"idle_timeout": 4})
+    client = h.send()
+    call = await h.upstream.call()
+    await call.send(CHUNKED)
+    for _ in range(3):
+        await trio.sleep(3)
+        await call.send(chunk(b"x"))
+    await client.answer.done.wait()
+    assert trio.current_time() == pytest.approx(9 + 4)
+    assert (client.answer.status, client.answer.body, client.answer.whole) == (200, b"xxx", False)
+    await call.gone.wait()
+    assert h.recorder.outcomes() == ["timeout"]
+    h.assert_settled()
+
+
+async def test_idle_timeout_does_not_count_the_time_that_the_client_takes(
+    autojump_clock: MockClock, house: Build
+) -> None:
+    h = house(upstream={"idle_timeout": 4})
+    client = h.client()
+    client.reads = partial(trio.sleep, 20)
+    h.nursery.start_soon(client.post)
+    call = await h.upstream.call()
+    await call.send(CHUNKED + chunk(b"a") + chunk(b"b") + LAST_CHUNK)
+    await client.answer.done.wait()
+    assert client.answer.whole
+    h.assert_settled()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+async def test_request_timeout_covers_all_of_the_upstreams_part(
+    autojump_clock: MockClock, house: Build, streaming: bool
+) -> None:
+    h = house(upstream={"request_timeout": 5})
+    client = h.send()
+    call = await h.upstream.call()
+    if streaming:
+        await call.send(CHUNKED)
+        for _ in range(4):
+            await call.send(chunk(b"x"))
+            await trio.sleep(1)
+    await client.answer.done.wait()
+    assert trio.current_time() == pytest.approx(5)
+    assert client.answer.status == (200 if streaming else 504)
+    assert client.answer.whole is not streaming
+    await call.gone.wait()
+    assert h.recorder.outcomes() == ["timeout"]
+    h.assert_settled()
+
+
+async def test_request_timeout_does_not_count_the_queue(autojump_clock: MockClock, house: Build) -> None:
+    h = house(scheduler=ONE_SLOT, upstream={"request_timeout": 5})
+    first, second = h.send(), None
+    call = await h.upstream.call()
+    second = h.send()
+    await trio.sleep(4)
+    await call.answer()
+    later = await h.upstream.call()
+    await trio.sleep(4)
+    await later.answer()
+    await second.answer.done.wait()
+    assert (first.answer.status, second.answer.status) == (200, 200)
+
+
+async def test_an_upstream_that_takes_no_body_is_given_up(autojump_clock: MockClock, house: Build) -> None:
+    h = house(upstream={"idle_timeout": 6})
+    h.upstream.new_pair = trio.testing.lockstep_stream_pair
+    h.upstream.deaf = True
+    answer = await h.client().post()
+    assert trio.current_time() == pytest.approx(6)
+    assert (answer.status, answer.code) == (504, "upstream_timeout")
+
+
+async def test_the_queue_is_full(autojump_clock: MockClock, house: Build) -> None:
+    h = house(scheduler=ONE_SLOT)
+    clients = [h.send() for _ in range(3)]
+    await trio.testing.wait_all_tasks_blocked()
+    answer = await h.client().post()
+    assert (answer.status, answer.code) == (503, "queue_full")
+    assert 1 <= int(answer.headers["retry-after"]) <= 60
+    assert answer.headers["x-should-retry"] == "true"
+    assert answer.headers["server-timing"] == "queue;dur=0.000"
+    assert "2 of 2" in answer.body.decode()
+    for _ in clients:
+        await (await h.upstream.call()).answer()
+    for client in clients:
+        await client.answer.done.wait()
+    assert sorted(h.recorder.outcomes()) == ["rejected", "success", "success", "success"]
+    h.assert_settled()
+
+
+async def test_the_youngest_of_the_lowest_is_evicted(autojump_clock: MockClock, house: Build) -> None:
+    h = house(scheduler=ONE_SLOT)
+    running = h.send(headers=[("X-Priority", "low")])
+    await trio.testing.wait_all_tasks_blocked()
+    older = h.send(headers=[("X-Priority", "low")])
+    await trio.testing.wait_all_tasks_blocked()
+    younger = h.send(headers=[("X-Priority", "low")])
+    await trio.sleep(1)
+    urgent = h.send(headers=[("X-Priority", "normal")], body=b'{"urgent": 1}')
+    await younger.answer.done.wait()
+    assert (younger.answer.status, younger.answer.code) == (503, "evicted")
+    assert younger.answer.headers["server-timing"] == "queue;dur=1000.000"
+    assert 1 <= int(younger.answer.headers["retry-after"]) <= 60
+    await (await h.upstream.call()).answer()
+    call = await h.upstream.call()
+    assert call.body == b'{"urgent": 1}'
+    await call.answer()
+    await (await h.upstream.call()).answer()
+    for client in (running, older, urgent):
+        await client.answer.done.wait()
+        assert client.answer.status == 200
+    assert len(h.upstream.calls) == 3
+    h.assert_settled()
+
+
+async def test_shutting_down(autojump_clock: MockClock, house: Build) -> None:
+    h = house()
+    h.proxy.scheduler.close()
+    scheduled = await h.client().post()
+    assert (scheduled.status, scheduled.code) == (503, "shutting_down")
+    assert "retry-after" in scheduled.headers
+    passed = await h.client().post(path="/v1/files")
+    assert (passed.status, passed.code) == (503, "shutting_down")
+    assert h.recorder.outcomes() == ["rejected"]
+    assert len(h.recorder.passed_through) == 1
+
+
+async def test_an_unreachable_upstream(autojump_clock: MockClock, house: Build) -> None:
+    h = house()
+
+    async def refused() -> None:
+        raise httpcore.ConnectError("connection refused, says the test")
+
+    h.upstream.accept = refused
+    answer = await h.client().post()
+    assert (answer.status, answer.code) == (502, "upstream_unreachable")
+    assert "connection refused, says the test" in answer.body.decode()
+    assert h.proxy.probes.ready()[1] == 503
+    h.assert_settled()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"",
+        b"hello, is this HTTP?\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nX: " + b"y" * 200_000,
+        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n",
+    ],
+)
+async def test_nonsense_instead_of_a_head(autojump_clock: MockClock, house: Build, said: bytes) -> None:
+    h = house()
+    client = h.send()
+    call = await h.upstream.call()
+    await call.send(said)
+    await call.close()
+    await client.answer.done.wait()
+    assert (client.answer.status, client.answer.code) == (502, "upstream_protocol_error")
+    assert h.recorder.outcomes() == ["upstream_error"]
+    await trio.testing.wait_all_tasks_blocked()
+    h.assert_settled()
+    assert h.proxy.upstream.idle == 0
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        CHUNKED + chunk(b"data: 1\n\n"),
+        CHUNKED + chunk(b"data: 1\n\n") + b"5\r\nda",
+        CHUNKED + chunk(b"data: 1\n\n") + b"nonsense\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\ndata: 1\n\n",
+    ],
+)
+async def test_a_broken_answer_never_looks_whole(autojump_clock: MockClock, house: Build, said: bytes) -> None:
+    h = house()
+    client = h.send()
+    call = await h.upstream.call()
+    await call.send(said)
+    await call.close()
+    await client.answer.done.wait()
+    assert client.answer.status == 200
+    assert client.answer.body.startswith(b"data: 1\n\n")
+    assert not client.answer.whole
+    assert h.recorder.outcomes() == ["upstream_error"]
+    (ended,) = h.recorder.ended
+    assert ended.progress is not None
+    assert ended.progress.error is not None
+    assert "broke off" in ended.progress.error
+    await trio.testing.wait_all_tasks_blocked()
+    h.assert_settled()
+    assert h.proxy.upstream.idle == 0
+
+
+@pytest.mark.parametrize(
+    ("status", "outcome"), [(200, "success"), (404, "success"), (429, "upstream_error"), (500, "upstream_error")]
+)
+async def test_the_upstreams_own_status_decides_the_outcome(
+    autojump_clock: MockClock, house: Build, status: int, outcome: str
+) -> None:
+    h = house()
+    client = h.send()
+    await (await h.upstream.call()).answer(b"{}", status, retry_after="17")
+    await client.answer.done.wait()
+    assert (client.answer.status, client.answer.headers["retry-after"]) == (status, "17")
+    assert h.recorder.outcomes() == [outcome]
+    h.assert_settled()
+
+
+async def test_a_client_that_leaves_the_queue_never_reaches_the_upstream(
+    autojump_clock: MockClock, house: Build
+) -> None:
+    h = house(scheduler=ONE_SLOT)
+    first = h.send()
+    call = await h.upstream.call()
+    second = h.send()
+    await trio.testing.wait_all_tasks_blocked()
+    second.leave()
+    await second.answer.done.wait()
+    assert second.answer.messages == []
+    await call.answer()
+    await first.answer.done.wait()
+    assert h.recorder.outcomes() == ["cancelled", "success"]
+    assert len(h.upstream.calls) == 1
+    h.assert_settled()
+
+
+@pytest.mark.parametrize("said", [b"", CHUNKED, CHUNKED + chunk(b"x")])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/files"])
+async def test_a_client_that_leaves_closes_the_upstream(
+    autojump_clock: MockClock, house: Build, said: bytes, path: str
+) -> None:
+    h = house()
+    client = h.send(path=path)
+    call = await h.upstream.call()
+    await call.send(said)
+    await trio.testing.wait_all_tasks_blocked()
+    client.leave()
+    with trio.fail_after(0.05):
+        await call.gone.wait()
+        await client.answer.done.wait()
+    assert h.recorder.outcomes() == (["cancelled"] if "chat" in path else [])
+    await trio.testing.wait_all_tasks_blocked()
+    h.assert_settled()
+
+
+async def test_a_bug_costs_one_request(
+    autojump_clock: MockClock, house: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    h = house()
+
+    def bug(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("trioproxy.relay.request.client_headers", bug)
+    client = h.send()
+    await (await h.upstream.call()).answer()
+    await client.answer.done.wait()
+    assert (client.answer.status, client.answer.code) == (500, "internal_error")
+    assert client.answer.headers["x-should-retry"] == "false"
+    assert h.recorder.outcomes() == ["proxy_error"]
+    await trio.testing.wait_all_tasks_blocked()
+    h.assert_settled()
+
+
+async def test_a_slow_sender_holds_no_slot(autojump_clock: MockClock, house: Build) -> None:
+    h = house(scheduler=ONE_SLOT)
+    slow = h.send(body=None, headers=[("Content-Length", "100")])
+    await trio.testing.wait_all_tasks_blocked()
+    quick = h.send()
+    await (await h.upstream.call()).answer()
+    await quick.answer.done.wait()
+    slow.leave()
+    await slow.answer.done.wait()
+    assert h.recorder.outcomes() == ["success"]
+
+
+async def test_priorities_are_read_from_header_and_body(autojump_clock: MockClock, house: Build) -> None:
+    h = house()
+    for body, headers, priority in [
+        (b'{"a": 1}', [], 50),
+        (b'{"a": 1, "priority": "low"}', [], 30),
+        (b'{"a": 1, "priority": 7}', [("X-Priority", "critical")], 90),
+        (b"--boundary", [("X-Priority", " 61 ")], 61),
+    ]:
+        client = h.send(body=body, headers=headers)
+        call = await h.upstream.call()
+        assert call.body == (b'{"a": 1}' if body.startswith(b"{") else body)
+        await call.answer()
+        await client.answer.done.wait()
+        assert h.recorder.ended[-1].request.priority == priority
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "status", "code"),
+    [
+        ([("X-Priority", "101")], b"{}", 400, "invalid_priority"),
+        ([("X-Priority", "1"), ("X-Priority", "2")], b"{}", 400, "invalid_priority"),
+        ([], b'{"priority": null}', 400, "invalid_priority"),
+        ([], b'{"priority": 50.0}', 400, "invalid_priority"),
+        ([], b'{"priority": true}', 400, "invalid_priority"),
+        ([("X-Request-Timeout", "0")], b"{}", 400, "invalid_request"),
+        ([("Transfer-Encoding", "chunked")], b"{}", 400, "invalid_request"),
+        ([], b"x" * 101, 413, "request_too_large"),
+    ],
+)
+async def test_refused_before_scheduling(
+    autojump_clock: MockClock, house: Build, headers: list[tuple[str, str]], body: bytes, status: int, code: str
+) -> None:
+    h = house(server={"max_body_size": 100})
+    answer = await h.client().post(headers=headers, body=body)
+    assert (answer.status, answer.code) == (status, code)
+    assert answer.headers["x-request-id"]
+    assert answer.whole
+    assert h.upstream.calls == []
+    assert h.recorder.ended == []
+    (refused,) = h.recorder.refused
+    assert refused.ending.code == code
+    assert h.proxy.metrics.registry.get_sample_value("openai_proxy_refused_total", {"code": code}) == 1
+
+
+async def test_a_body_of_exactly_the_limit_is_taken(autojump_clock: MockClock, house: Build) -> None:
+    h = house(server={"max_body_size": 100})
+    client = h.send(body=b"x" * 100)
+    await (await h.upstream.call()).answer()
+    await client.answer.done.wait()
+    assert client.answer.status == 200

@@ -1,0 +1,610 @@
+"""The proxy on real sockets, as `trioproxy serve` runs it."""
+
+from __future__ import annotations
+
+import json
+import random
+import socket
+import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+import httpx
+import pytest
+import trio
+
+from support import CHUNKED, LAST_CHUNK, Call, Proxy, Upstream, chunk, running_proxy, until
+
+FOUR_SLOTS = {"concurrency": 4, "max_queue": 100}
+ONE_SLOT = {"concurrency": 1, "max_queue": 100}
+CHAT = "/v1/chat/completions"
+
+
+def post(body: bytes = b"{}", *fields: str, path: str = CHAT) -> bytes:
+    """A request's bytes."""
+    lines = [f"POST {path} HTTP/1.1", "Host: proxy", f"Content-Length: {len(body)}", *fields, "", ""]
+    return "\r\n".join(lines).encode() + body
+
+
+async def read_until_closed(stream: trio.SocketStream) -> bytes:
+    """Everything that comes until the connection ends, properly or not."""
+    received = b""
+    with trio.fail_after(10):
+        try:
+            async for data in stream:
+                received += data
+        except trio.BrokenResourceError:
+            pass
+    return received
+
+
+async def read_answer(stream: trio.SocketStream) -> tuple[int, bytes]:
+    """One answer with a Content-Length."""
+    received = b""
+    with trio.fail_after(5):
+        while b"\r\n\r\n" not in received:
+            received += (await stream.receive_some()) or b"<closed>\r\n\r\n"
+        head, _, body = received.partition(b"\r\n\r\n")
+        length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0])
+        while len(body) < length:
+            body += await stream.receive_some()
+    return int(head.split(b" ")[1]), body
+
+
+async def queued(proxy: Proxy, count: int) -> None:
+    """Wait until so many requests are queued."""
+    await until(lambda: len(proxy.app.proxy.scheduler.snapshot().queued) == count)
+
+
+async def test_never_more_upstream_than_there_are_slots(upstream: Upstream) -> None:
+    busy = peak = 0
+
+    async def answer(call: Call) -> None:
+        nonlocal busy, peak
+        busy += 1
+        peak = max(peak, busy)
+        await trio.sleep(0.01)
+        busy -= 1
+        await call.answer()
+
+    async with running_proxy(upstream.url, scheduler=FOUR_SLOTS) as proxy, trio.open_nursery() as nursery:
+        for _ in range(40):
+            nursery.start_soon(proxy.client.post, CHAT)
+        for _ in range(40):
+            nursery.start_soon(answer, await upstream.call())
+    assert peak == 4
+    assert upstream.connections == 4
+    assert proxy.recorder.outcomes() == ["success"] * 40
+    proxy.assert_settled()
+
+
+async def test_24_requests_of_random_priority_arrive_upstream_in_exact_order(upstream: Upstream) -> None:
+    chance = random.Random(7)
+    async with running_proxy(upstream.url, scheduler=ONE_SLOT) as proxy, trio.open_nursery() as nursery:
+        nursery.start_soon(proxy.client.post, CHAT)
+        blocker = await upstream.call()
+        sent = [(chance.randrange(101), number) for number in range(24)]
+        for count, (priority, number) in enumerate(sent, 1):
+            body = json.dumps({"number": number, "priority": priority})
+            nursery.start_soon(partial(proxy.client.post, CHAT, content=body))
+            await queued(proxy, count)
+        await blocker.answer()
+        arrived = []
+        for _ in sent:
+            call = await upstream.call()
+            arrived.append(json.loads(call.body)["number"])
+            await call.answer()
+    expected = sorted(sent, key=lambda request: (-request[0], request[1]))
+    assert arrived == [number for _, number in expected]
+
+
+async def test_the_youngest_of_the_lowest_is_evicted_and_an_equal_rejected(upstream: Upstream) -> None:
+    async with running_proxy(upstream.url, scheduler={"concurrency": 1, "max_queue": 2}) as proxy:
+        answers: dict[str, httpx.Response] = {}
+
+        async def send(name: str, priority: str) -> None:
+            answers[name] = await proxy.client.post(CHAT, json={"name": name}, headers={"X-Priority": priority})
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send, "running", "low")
+            running = await upstream.call()
+            nursery.start_soon(send, "old", "low")
+            await queued(proxy, 1)
+            nursery.start_soon(send, "young", "low")
+            await queued(proxy, 2)
+            await send("equal", "low")
+            assert answers["equal"].status_code == 503
+            assert answers["equal"].json()["error"]["code"] == "queue_full"
+            nursery.start_soon(send, "urgent", "high")
+            await until(lambda: "young" in answers)
+            assert answers["young"].status_code == 503
+            assert answers["young"].json()["error"]["code"] == "evicted"
+            await running.answer()
+            for expected in ("urgent", "old"):
+                call = await upstream.call()
+                assert json.loads(call.body)["name"] == expected
+                await call.answer()
+        assert {name: answer.status_code for name, answer in answers.items() if answer.status_code == 200}.keys() == {
+            "running",
+            "old",
+            "urgent",
+        }
+        proxy.assert_settled()
+
+
+@pytest.mark.parametrize("way", ["close", "reset", "half-close"])
+async def test_a_client_that_leaves_the_queue_never_reaches_the_upstream(upstream: Upstream, way: str) -> None:
+    async with running_proxy(upstream.url, scheduler=ONE_SLOT) as proxy, trio.open_nursery() as nursery:
+        nursery.start_soon(proxy.client.post, CHAT)
+        blocker = await upstream.call()
+        stream = await proxy.connect()
+        await stream.send_all(post(b'{"leaves": 1}'))
+        await queued(proxy, 1)
+        await leave(stream, way)
+        await queued(proxy, 0)
+        await blocker.answer()
+        await trio.sleep(0.05)
+        assert len(upstream.calls) == 1
+        assert sorted(proxy.recorder.outcomes()) == ["cancelled", "success"]
+
+
+async def leave(stream: trio.SocketStream, way: str) -> None:
+    """Go away in one of the ways in which clients go away."""
+    if way == "half-close":
+        await stream.send_eof()
+        return
+    if way == "reset":
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    await stream.aclose()
+
+
+@pytest.mark.parametrize("way", ["close", "reset", "half-close"])
+@pytest.mark.parametrize("said", [b"", CHUNKED + chunk(b"data: 1\n\n")])
+async def test_a_client_that_leaves_while_running_closes_the_upstream(
+    upstream: Upstream, way: str, said: bytes
+) -> None:
+    async with running_proxy(upstream.url) as proxy:
+        stream = await proxy.connect()
+        await stream.send_all(post())
+        call = await upstream.call()
+        await call.send(said)
+        await trio.sleep(0.05)
+        await leave(stream, way)
+        began = trio.current_time()
+        with trio.fail_after(2):
+            await call.gone.wait()
+        assert trio.current_time() - began < 0.05
+        await proxy.settled()
+        assert proxy.recorder.outcomes() == ["cancelled"]
+
+
+async def test_a_pipelined_second_request_does_not_hide_that_the_client_has_left(upstream: Upstream) -> None:
+    async with running_proxy(upstream.url) as proxy:
+        stream = await proxy.connect()
+        await stream.send_all(post() + post())
+        call = await upstream.call()
+        await trio.sleep(0.1)
+        await stream.aclose()
+        with trio.fail_after(3):
+            await call.gone.wait()
+        await proxy.settled()
+        assert proxy.recorder.outcomes() == ["cancelled"]
+        assert len(upstream.calls) == 1
+
+
+@pytest.mark.parametrize("way", ["close", "reset", "half-close"])
+async def test_a_client_that_leaves_in_the_middle_of_an_upload(upstream: Upstream, way: str) -> None:
+    async with running_proxy(upstream.url) as proxy:
+        stream = await proxy.connect()
+        await stream.send_all(b"POST /v1/files HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nnot all")
+        await trio.sleep(0.05)
+        await leave(stream, way)
+        await until(lambda: proxy.recorder.passed_through, 0.5)
+        assert proxy.recorder.passed_through[0].ending.code == "cancelled"
+
+
+async def test_a_client_that_leaves_during_an_upload_that_nobody_takes() -> None:
+    async with deaf_server() as url, running_proxy(url) as proxy:
+        stream = await proxy.connect()
+        await stream.send_all(b"POST /v1/files HTTP/1.1\r\nHost: x\r\nContent-Length: 100000000\r\n\r\n")
+        with trio.move_on_after(0.5):
+            while True:
+                await stream.send_all(b"x" * 65536)
+        await leave(stream, "reset")  # a FIN would wait behind what the proxy does not read
+        await until(lambda: proxy.recorder.passed_through, 3)
+        assert proxy.recorder.passed_through[0].ending.code == "cancelled"
+
+
+@asynccontextmanager
+async def deaf_server() -> AsyncIterator[str]:
+    """Accepts connections and reads nothing."""
+    with trio.socket.socket() as listening:
+        await listening.bind(("127.0.0.1", 0))
+        listening.listen(10)
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+
+
+async def pump(call: Call) -> int:
+    """Stream without end; how much was taken before the proxy went away."""
+    sent = 0
+    piece = chunk(b"x" * 65536)
+    try:
+        await call.send(CHUNKED)
+        while True:
+            await call.send(piece)
+            sent += len(piece)
+    except (trio.BrokenResourceError, trio.ClosedResourceError):
+        return sent
+
+
+async def test_a_client_that_stops_reading_loses_its_slot(upstream: Upstream) -> None:
+    async with running_proxy(upstream.url, server={"client_write_timeout": 0.5}) as proxy:
+        stream = await proxy.connect()
+        await stream.send_all(post())
+        call = await upstream.call()
+        with trio.fail_after(5):
+            sent = await pump(call)
+        # What the kernels' socket buffers on both connections hold, and no spooling beyond.
+        assert sent < 32 * 1024 * 1024
+        await proxy.settled()
+        assert proxy.recorder.outcomes() == ["cancelled"]
+        await stream.aclose()
+
+
+async def test_a_slow_reader_keeps_its_slot(upstream: Upstream) -> None:
+    size = 16_000_000
+    async with running_proxy(upstream.url, server={"client_write_timeout": 0.4}) as proxy:
+        stream = await proxy.connect()
+        await stream.send_all(post())
+        call = await upstream.call()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(call.answer, b"x" * size)
+            received = 0
+            began = trio.current_time()
+            while received < size:
+                await trio.sleep(0.05)
+                received += len(await stream.receive_some(1_000_000))
+        assert trio.current_time() - began > 2 * 0.4
+        assert proxy.recorder.outcomes() == ["success"]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        CHUNKED + chunk(b"data: 1\n\n"),
+        b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nhalf",
+    ],
+)
+async def test_an_upstream_that_dies_mid_answer_never_looks_whole(upstream: Upstream, said: bytes) -> None:
+    async with running_proxy(upstream.url) as proxy, trio.open_nursery() as nursery:
+
+        async def send() -> None:
+            with pytest.raises(httpx.RemoteProtocolError):
+                await proxy.client.post(CHAT)
+
+        nursery.start_soon(send)
+        call = await upstream.call()
+        await call.send(said)
+        await trio.sleep(0.02)
+        await call.close()
+    assert proxy.recorder.outcomes() == ["upstream_error"]
+
+
+async def test_to_http_1_0_a_broken_answer_ends_with_a_reset(upstream: Upstream) -> None:
+    async with running_proxy(upstream.url) as proxy:
+        stream = await proxy.connect()
+        await stream.send_all(b"POST /v1/embeddings HTTP/1.0\r\nContent-Length: 0\r\n\r\n")
+        call = await upstream.call()
+        await call.send(CHUNKED + chunk(b"part of it"))
+        received = b""
+        with trio.fail_after(2):
+            while b"part of it" not in received:
+                received += await stream.receive_some()
+            await call.close()
+            with pytest.raises(trio.BrokenResourceError):
+                assert await stream.receive_some() != b""
+
+
+async def test_connection_close_is_honoured_and_keep_alive_works(upstream: Upstream) -> None:
+    async with running_proxy(upstream.url, server={"keep_alive_timeout": 0.3}) as proxy:
+        stream = await proxy.connect()
+        for _ in range(2):
+            await stream.send_all(post())
+            await (await upstream.call()).answer(b"{}")
+            assert await read_answer(stream) == (200, b"{}")
+        began = trio.current_time()
+        assert await read_until_closed(stream) == b""
+        assert 0.2 < trio.current_time() - began < 1
+
+        stream = await proxy.connect()
+        await stream.send_all(post(b"{}", "Connection: close"))
+        await (await upstream.call()).answer(b"{}")
+        with trio.fail_after(1):
+            received = await read_until_closed(stream)
+        assert received.endswith(b"{}")
+
+
+async def test_a_body_one_byte_too_large_is_refused_and_the_connection_survives(upstream: Upstream) -> None:
+    async with running_proxy(upstream.url, server={"max_body_size": 1000}) as proxy:
+        stream = await proxy.connect()
+        await stream.send_all(post(b"x" * 1001))
+        status, body = await read_answer(stream)
+        assert (status, json.loads(body)["error"]["code"]) == (413, "request_too_large")
+        await stream.send_all(post(b"x" * 1000))
+        await (await upstream.call()).answer()
+        assert await read_answer(stream) == (200, b"{}")
+
+
+async def test_a_much_too_large_body_is_refused_while_it_is_being_sent(upstream: Upstream) -> None:
+    async with running_proxy(upstream.url, server={"max_body_size": 1000}) as proxy:
+        answer = await proxy.client.post(CHAT, content=b"x" * 20_000_000)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
+
+        async def pieces() -> AsyncIterator[bytes]:
+            for _ in range(300):
+                yield b"x" * 65536
+
+        answer = await proxy.client.post(CHAT, content=pieces())
+        assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
+
+
+async def test_an_upload_is_passed_on_while_it_arrives(upstream: Upstream) -> None:
+    async def pieces() -> AsyncIterator[bytes]:
+        for number in range(50):
+            yield b"%d," % number
+
+    expected = b"".join([b"%d," % number for number in range(50)])
+    async with running_proxy(upstream.url, server={"max_body_size": 10}) as proxy, trio.open_nursery() as nursery:
+        for content in (pieces(), expected):
+            nursery.start_soon(partial(proxy.client.post, "/v1/files", content=content))
+            call = await upstream.call()
+            assert call.body == expected
+            assert (call.header("transfer-encoding") is None) == isinstance(content, bytes)
+            await call.answer()
+
+
+async def test_every_method_and_odd_paths_go_through(upstream: Upstream) -> None:
+    async with running_proxy(upstream.url) as proxy:
+        for line in (
+            b"PROPFIND /v1/files/%7Ea%2Fb?x=%20y&z HTTP/1.1",
+            b"OPTIONS /v1/models HTTP/1.1",
+            b"DELETE /v1//files//a HTTP/1.1",
+            b"GET http://elsewhere/v1/models?limit=3 HTTP/1.1",
+            b"GET /v1 HTTP/1.1",
+            b"GET /v1/ HTTP/1.1",
+        ):
+            stream = await proxy.connect()
+            await stream.send_all(line + b"\r\nHost: elsewhere\r\n\r\n")
+            call = await upstream.call()
+            method, target, _ = line.decode().split(" ")
+            assert (call.method, call.target) == (method, target.removeprefix("http://elsewhere"))
+            assert call.header("host") == upstream.url.removeprefix("http://").removesuffix("/v1")
+            await call.answer()
+            assert (await read_answer(stream))[0] == 200
+            await stream.aclose()
+
+
+async def test_answers_without_a_body(upstream: Upstream) -> None:
+    async with running_proxy(upstream.url) as proxy, trio.open_nursery() as nursery:
+        answers: list[httpx.Response] = []
+
+        async def send(method: str) -> None:
+            answers.append(await proxy.client.request(method, "/v1/models/x"))
+
+        for method, said in [
+            ("HEAD", b"HTTP/1.1 200 OK\r\nContent-Length: 1234\r\n\r\n"),
+            ("DELETE", b"HTTP/1.1 204 No Content\r\n\r\n"),
+            ("GET", b'HTTP/1.1 304 Not Modified\r\nETag: "x"\r\n\r\n'),
+            ("GET", b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"),
+        ]:
+            nursery.start_soon(send, method)
+            await (await upstream.call()).send(said)
+            await until(lambda: answers)
+            answer = answers.pop()
+            assert str(answer.status_code).encode() in said
+            assert answer.content == b""
+            if method == "HEAD":
+                assert answer.headers["content-length"] == "1234"
+        assert upstream.connections == 1
+
+
+async def test_headers_go_through_both_ways_but_for_those_of_the_connection(upstream: Upstream) -> None:
+    async with running_proxy(upstream.url) as proxy:
+        stream = await proxy.connect()
+        await stream.send_all(
+            post(b"{}", "X-A: 1", "x-a: 2", "Connection: keep-alive, X-Hop", "X-Hop: 1", "TE: trailers", "Expect: x")
+        )
+        call = await upstream.call()
+        assert [(name, value) for name, value in call.headers if name.lower() == "x-a"] == [("X-A", "1"), ("x-a", "2")]
+        assert not {"connection", "x-hop", "te", "expect", "x-priority"} & {name.lower() for name, _ in call.headers}
+        await call.send(
+            b"HTTP/1.1 200 OK\r\nSet-Cookie: a=1\r\nset-cookie: b=2\r\nConnection: X-Drop\r\nX-Drop: 1\r\n"
+            b"Keep-Alive: timeout=5\r\nDate: then\r\nServer: theirs\r\nTransfer-Encoding: chunked\r\n\r\n" + LAST_CHUNK
+        )
+        with trio.fail_after(2):
+            head = b""
+            while b"0\r\n\r\n" not in head:
+                head += await stream.receive_some()
+        fields = head.partition(b"\r\n\r\n")[0].split(b"\r\n")[1:]
+        assert fields[:4] == [b"Set-Cookie: a=1", b"set-cookie: b=2", b"Date: then", b"Server: theirs"]
+        assert not any(field.lower().startswith((b"x-drop", b"keep-alive")) for field in fields)
+        await stream.aclose()
+
+
+async def test_one_connections_failure_does_not_end_the_process(upstream: Upstream) -> None:
+    async with running_proxy(upstream.url) as proxy:
+        stream = await proxy.connect()
+        await stream.send_all(
+            b"GET /v1/realtime HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+            b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+        )
+        with trio.fail_after(2):
+            assert (await stream.receive_some()).startswith(b"HTTP/1.1 4")
+        await stream.send_all(b"\x81\x85\x00\x00\x00\x00hello")
+        await trio.sleep(0.1)
+        await stream.aclose()
+        for nonsense in (b"\x16\x03\x01\x02\x00", b"GET\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\nnonsense" * 10):
+            stream = await proxy.connect()
+            await stream.send_all(nonsense)
+            await trio.sleep(0.02)
+            await stream.aclose()
+        assert (await proxy.client.get("/health")).json()["status"] == "ok"
+
+
+async def test_probes_and_metrics(upstream: Upstream) -> None:
+    async with running_proxy(upstream.url) as proxy:
+        assert (await proxy.client.get("/ready")).status_code == 200
+        text = await proxy.client.get("/metrics")
+        assert text.headers["content-type"].startswith("text/plain")
+        assert 'openai_proxy_available_permits{pool="default"} 10.0' in text.text
+        openmetrics = await proxy.client.get("/metrics", headers={"Accept": "application/openmetrics-text"})
+        assert openmetrics.headers["content-type"].startswith("application/openmetrics-text")
+        assert openmetrics.text.endswith("# EOF\n")
+        for path in ("/", "/nope", "/v2/models", "/v1x", "/metrics/"):
+            missing = await proxy.client.get(path)
+            assert (missing.status_code, missing.json()["error"]["code"]) == (404, "not_found")
+        assert (await proxy.client.post("/health")).status_code == 404
+        assert (await proxy.client.head("/health")).status_code == 200
+
+
+async def test_shutting_down_finishes_running_and_queued_work(upstream: Upstream) -> None:
+    settings: dict[str, dict[str, Any]] = {"server": {"shutdown_grace": 5}, "scheduler": ONE_SLOT}
+    async with running_proxy(upstream.url, **settings) as proxy:
+        answers: list[int] = []
+
+        async def send() -> None:
+            answers.append((await proxy.client.post(CHAT)).status_code)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send)
+            running = await upstream.call()
+            nursery.start_soon(send)
+            await queued(proxy, 1)
+            proxy.server.shut_down()
+            await trio.sleep(0.05)
+            ready = await proxy.client.get("/ready")
+            assert (ready.status_code, ready.json()["reason"]) == (503, "draining")
+            assert (await proxy.client.get("/health")).status_code == 200
+            refused = await proxy.client.post(CHAT)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+            assert refused.headers["x-should-retry"] == "true"
+            await running.answer()
+            await (await upstream.call()).answer()
+        assert answers == [200, 200]
+        assert proxy.recorder.outcomes() == ["rejected", "success", "success"]
+
+
+async def test_the_grace_is_over_and_a_client_has_stopped_reading(upstream: Upstream) -> None:
+    began = 0.0
+    settings: dict[str, dict[str, Any]] = {"server": {"shutdown_grace": 0.3}, "scheduler": ONE_SLOT}
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            async with running_proxy(upstream.url, **settings) as proxy:
+                stopped = await proxy.connect()
+                await stopped.send_all(post())
+                nursery.start_soon(pump, await upstream.call())
+                waiting = await proxy.connect()
+                await waiting.send_all(post())
+                await queued(proxy, 1)
+                await trio.sleep(0.3)
+                proxy.server.shut_down()
+                began = trio.current_time()
+                assert await read_until_closed(waiting) == b""
+                assert 0.2 < trio.current_time() - began < 1
+            await stopped.aclose()
+    assert proxy.recorder.outcomes() == ["cancelled", "cancelled"]
+    proxy.assert_settled()
+
+
+async def test_an_upstream_that_cannot_be_reached(upstream: Upstream) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+        async with running_proxy(f"http://127.0.0.1:{port}/v1") as proxy:
+            answer = await proxy.client.post(CHAT)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (502, "upstream_unreachable")
+            assert "refused" in answer.json()["error"]["message"].lower()
+    async with running_proxy("http://no-such-host.invalid/v1") as proxy:
+        answer = await proxy.client.post(CHAT)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (502, "upstream_unreachable")
+
+
+async def test_an_upstream_key_replaces_the_clients_credentials(upstream: Upstream) -> None:
+    async with running_proxy(upstream.url, upstream={"api_key": "secret"}) as proxy, trio.open_nursery() as nursery:
+        fields = {"Authorization": "Bearer theirs", "OpenAI-Organization": "org", "OpenAI-Project": "p"}
+        nursery.start_soon(lambda: proxy.client.post(CHAT, headers=fields))
+        call = await upstream.call()
+        assert call.header("authorization") == "Bearer secret"
+        assert call.header("openai-organization") is None
+        assert call.header("openai-project") is None
+        await call.answer()
+
+
+async def test_a_connection_that_the_upstream_has_closed_is_not_used_again(upstream: Upstream) -> None:
+    async with running_proxy(upstream.url) as proxy:
+        for _ in range(3):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(proxy.client.post, CHAT)
+                call = await upstream.call()
+                await call.answer()
+            await call.close()
+            await trio.sleep(0.02)
+    assert proxy.recorder.outcomes() == ["success"] * 3
+    assert upstream.connections == 3
+
+
+# The test's own impatient clients drop httpx's generators.
+@pytest.mark.filterwarnings("ignore:Async generator 'httpx:ResourceWarning")
+async def test_the_account_balances_after_300_mixed_requests(upstream: Upstream) -> None:
+    chance = random.Random(11)
+
+    async def answer(call: Call) -> None:
+        await trio.sleep(chance.uniform(0, 0.01))
+        try:
+            match json.loads(call.body)["kind"]:
+                case "whole" | "impatient":
+                    await call.answer()
+                case "failing":
+                    await call.answer(b"{}", 500)
+                case "broken":
+                    await call.send(CHUNKED + chunk(b"x"))
+                    await call.close()
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass
+
+    async def send(proxy: Proxy, kind: str) -> None:
+        await trio.sleep(chance.uniform(0, 0.5))
+        try:
+            with trio.move_on_after(chance.uniform(0, 0.05) if kind == "impatient" else 20):
+                await proxy.client.post(CHAT, json={"kind": kind, "priority": chance.randrange(101)})
+        except httpx.RemoteProtocolError:
+            pass
+
+    async with running_proxy(upstream.url, scheduler={"concurrency": 4, "max_queue": 20}) as proxy:
+        async with trio.open_nursery() as answering:
+
+            async def serve() -> None:
+                while True:
+                    answering.start_soon(answer, await upstream.call())
+
+            answering.start_soon(serve)
+            async with trio.open_nursery() as sending:
+                for _ in range(300):
+                    kind = chance.choice(["whole", "whole", "failing", "broken", "impatient"])
+                    sending.start_soon(send, proxy, kind)
+            await proxy.settled()
+            answering.cancel_scope.cancel()
+        text = (await proxy.client.get("/metrics")).text
+        totals = {
+            name: sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name + "{"))
+            for name in ("openai_proxy_requests_total", "openai_proxy_requests_outcome_total")
+        }
+        ended = len(proxy.recorder.ended)
+        assert set(totals.values()) == {ended}
+        # Of the impatient some left before their request had been read, and were never here.
+        assert 240 <= ended <= 300
+        assert len({event.request.request_id for event in proxy.recorder.ended}) == ended
+        assert {"success", "upstream_error", "cancelled"} <= set(proxy.recorder.outcomes())
+        proxy.assert_settled()
