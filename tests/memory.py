@@ -63,7 +63,6 @@ class MemoryNetwork(httpcore.AsyncNetworkBackend):
     async def connect_tcp(self, *_: object, **__: object) -> MemoryStream:
         await self._upstream.accept()
         ours, theirs = self._upstream.new_pair()
-        self._upstream.open_connections += 1
         self._nursery.start_soon(self._upstream.serve_stream, theirs)
         return MemoryStream(ours)
 
@@ -73,7 +72,6 @@ class MemoryUpstream(Upstream):
 
     def __init__(self) -> None:
         super().__init__()
-        self.open_connections = 0
         self.accept: Callable[[], Awaitable[object]] = trio.lowlevel.checkpoint
         """Awaited for each connection; may raise or take long."""
         self.deaf = False
@@ -83,12 +81,9 @@ class MemoryUpstream(Upstream):
 
     async def serve_stream(self, stream: trio.StapledStream[Any, Any]) -> None:
         """Serve one connection."""
-        try:
-            if self.deaf:
-                await trio.sleep_forever()
-            await self._connection(stream)
-        finally:
-            self.open_connections -= 1
+        if self.deaf:
+            await trio.sleep_forever()
+        await self._connection(stream)
 
     def connections_to(self, nursery: trio.Nursery) -> Callable[[], httpx.AsyncBaseTransport]:
         """What makes connections to this upstream: httpx's own transport on memory streams."""
@@ -202,7 +197,8 @@ class House:
         self.upstream = MemoryUpstream()
         self.recorder = Recorder()
         calls = real.Upstream(
-            parsed.upstream.model_copy(update={"base_url": BASE_URL}), self.upstream.connections_to(nursery)
+            parsed.upstream.model_copy(update={"base_url": BASE_URL}),
+            new_connection=self.upstream.connections_to(nursery),
         )
         self.app = create_app(parsed, (self.recorder,), calls)
         self.proxy = self.app.proxy

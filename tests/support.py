@@ -66,6 +66,7 @@ class Upstream:
         self.calls: list[Call] = []
         """Every request, in order of arrival."""
         self.connections = 0
+        self.open_connections = 0
         self._sender, self._receiver = trio.open_memory_channel[Call](10_000)
         self.url = ""
 
@@ -83,6 +84,7 @@ class Upstream:
 
     async def _connection(self, stream: trio.abc.HalfCloseableStream) -> None:
         self.connections += 1
+        self.open_connections += 1
         buffer = b""
         call: Call | None = None
         try:
@@ -100,6 +102,7 @@ class Upstream:
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass
         finally:
+            self.open_connections -= 1
             if call is not None:
                 call.gone.set()
 

@@ -7,13 +7,13 @@ README says which.
 from __future__ import annotations
 
 import fcntl
-import logging
 import multiprocessing
 import sys
 import tempfile
 from pathlib import Path
 from typing import IO
 
+import structlog
 import trio
 
 from trioproxy import config
@@ -22,20 +22,12 @@ from trioproxy.observe import logs
 
 
 def _only_worker() -> IO[str] | None:
-    """Hold a lock that one worker of a Hypercorn master can have; the others must not serve."""
+    """Hold a lock that one worker of a Hypercorn master can have. Raises BlockingIOError if another has it."""
     master = multiprocessing.parent_process()
     if master is None:
         return None
-    path = Path(tempfile.gettempdir()) / f"trioproxy-workers-of-{master.pid}.lock"
-    lock = path.open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        lock.close()
-        raise RuntimeError(
-            "another worker of this application serves already: each would start as many requests as "
-            "scheduler.concurrency allows. Start Hypercorn with --workers 1."
-        ) from error
+    lock = (Path(tempfile.gettempdir()) / f"trioproxy-workers-of-{master.pid}.lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return lock
 
 
@@ -43,25 +35,32 @@ def _create() -> ProxyApp:
     try:
         settings = config.load()
         writer = logs.configure(settings.logging.level, settings.logging.format, settings.logging.file)
-        application = create_app(settings)
     except (config.ConfigError, OSError) as error:
-        sys.exit(f"trioproxy: {error}")
-    lock: IO[str] | None = None
-
-    @application.before_serving
-    async def begin() -> None:
-        nonlocal lock
-        logging.getLogger("hypercorn.error").handlers.clear()
+        sys.exit(f"trioproxy: the configuration cannot be used:\n{error}")
+    logs.take_over("hypercorn.error")
+    try:
+        application = create_app(settings)
         lock = _only_worker()
+    except config.ConfigError as error:
+        structlog.get_logger().error("the configuration cannot be used", error=str(error))
+    except BlockingIOError:
+        reason = (
+            "another worker of this application serves already, and each would start as many requests as "
+            "scheduler.concurrency allows: start Hypercorn with --workers 1"
+        )
+        structlog.get_logger().error("this worker must not serve", error=reason)
+    else:
 
-    @application.after_serving
-    async def end() -> None:
-        if lock is not None:
-            await trio.Path(lock.name).unlink(missing_ok=True)
-            lock.close()
-        writer.close()
+        @application.after_serving
+        async def end() -> None:
+            if lock is not None:
+                await trio.Path(lock.name).unlink(missing_ok=True)
+                lock.close()
+            writer.close()
 
-    return application
+        return application
+    writer.close()
+    sys.exit(1)
 
 
 app = _create()

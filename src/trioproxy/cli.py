@@ -16,6 +16,7 @@ import yaml
 from trioproxy import __version__, config
 from trioproxy.app import create_app
 from trioproxy.config import ConfigError, Settings
+from trioproxy.demo import show
 from trioproxy.observe import logs
 from trioproxy.server import Server
 
@@ -70,6 +71,23 @@ def check_config(file: Path) -> None:
         click.echo(str(error), err=True)
         sys.exit(EXIT_UNUSABLE_CONFIGURATION)
     click.echo(yaml.safe_dump(config.describe(settings), sort_keys=False), nl=False)
+
+
+@main.command()
+@click.option("--bind", default="127.0.0.1:8080", show_default=True, metavar="HOST:PORT", help="Where to listen.")
+@click.option(
+    "--log-file",
+    default="logs/proxy.log",
+    show_default=True,
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Where the proxy writes its log, as JSON lines.",
+)
+@click.option("--duration", type=float, metavar="SECONDS", help="How long to run.  [default: until Ctrl-C]")
+@click.option("--seed", type=int, metavar="N", help="Let the clients arrive as in every run with this number.")
+def demo(bind: str, log_file: Path, duration: float | None, seed: int | None) -> None:
+    """Show queueing, priority and eviction live, with a simulated upstream and simulated clients: no key needed."""
+    sys.exit(show.run(bind, log_file, duration, seed))
 
 
 def run(config_file: Path | None, overrides: Mapping[str, object]) -> None:

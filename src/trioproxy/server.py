@@ -51,7 +51,7 @@ class GuardedStream(trio.abc.HalfCloseableStream):
     socket closed: Hypercorn takes that for a disconnect.
     """
 
-    def __init__(self, stream: trio.SocketStream, write_timeout: float, activity: _Activity) -> None:
+    def __init__(self, stream: trio.SocketStream, write_timeout: float, activity: Activity) -> None:
         self.socket: Final = stream.socket
         self.scope: Final = trio.CancelScope()
         """Around all of the connection's tasks."""
@@ -129,7 +129,7 @@ class GuardedStream(trio.abc.HalfCloseableStream):
         self.socket.close()
 
 
-class _Activity:
+class Activity:
     """Which connections have an exchange going on."""
 
     def __init__(self) -> None:
@@ -184,7 +184,7 @@ class Server:
         self._sockets = self._config.create_sockets().insecure_sockets
         self._context = WorkerContext(None)
         self._streams: set[GuardedStream] = set()
-        self._activity = _Activity()
+        self._activity = Activity()
         self._told = (trio.Event(), trio.Event())
 
     def shut_down(self) -> None:

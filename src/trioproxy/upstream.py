@@ -154,12 +154,16 @@ class Response:
 class Upstream:
     """The server that calls go to, and the idle connections to it.
 
-    `new_connection` makes something that carries one call at a time; by default a real connection, through the forward
-    proxy that the environment names. Raises `ConfigError` if that cannot be used.
+    `trust_env`: whether connections go through the forward proxy that the environment names, if any; raises
+    `ConfigError` if that cannot be used. `new_connection` makes something else that carries one call at a time.
     """
 
     def __init__(
-        self, settings: UpstreamSettings, new_connection: Callable[[], httpx.AsyncBaseTransport] | None = None
+        self,
+        settings: UpstreamSettings,
+        *,
+        trust_env: bool = True,
+        new_connection: Callable[[], httpx.AsyncBaseTransport] | None = None,
     ) -> None:
         self._settings = settings
         self._url = httpx.URL(settings.base_url)
@@ -170,7 +174,9 @@ class Upstream:
             None if settings.api_key is None else b"Bearer " + settings.api_key.get_secret_value().encode()
         )
         """The value of the header `Authorization` that replaces the client's; None if the client's goes through."""
-        self._new_connection: Final = new_connection or _real_connections(self._url, settings.keep_alive_expiry)
+        self._new_connection: Final = new_connection or _connections(
+            self._url, settings.keep_alive_expiry, trust_env=trust_env
+        )
         self._idle: deque[tuple[httpx.AsyncBaseTransport, float]] = deque()
         self._busy = 0
         self._unreachable_at = -math.inf
@@ -289,11 +295,11 @@ def _reason(error: BaseException) -> str:
     return f"{str(root) or str(error) or type(error).__name__}."
 
 
-def _real_connections(url: httpx.URL, keep_alive_expiry: float) -> Callable[[], httpx.AsyncBaseTransport]:
+def _connections(url: httpx.URL, expiry: float, *, trust_env: bool) -> Callable[[], httpx.AsyncBaseTransport]:
     # httpx wants a context for plain HTTP too; loading the CA certificates for it would only take time.
     context = httpx.create_ssl_context() if url.scheme == "https" else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    limits = httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=keep_alive_expiry)
-    proxy = _environment_proxy(url)
+    limits = httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=expiry)
+    proxy = _environment_proxy(url) if trust_env else None
     return lambda: httpx.AsyncHTTPTransport(verify=context, proxy=proxy, limits=limits)
 
 

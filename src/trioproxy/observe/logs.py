@@ -86,6 +86,9 @@ class _File:
     def flush(self) -> None:
         self._file.flush()
 
+    def close(self) -> None:
+        self._file.close()
+
     def _open(self) -> None:
         self._file = self._path.open("a", encoding="utf-8", errors="backslashreplace")
         self._identity = os.fstat(self._file.fileno())
@@ -139,7 +142,10 @@ class Writer:
                 self._write(lines)
             else:
                 self._write(lines)
-                return
+                break
+        for sink, _ in self._sinks:
+            if isinstance(sink, _File):
+                sink.close()
 
     def _write(self, lines: list[Line]) -> None:
         for sink, render in self._sinks:
@@ -184,6 +190,17 @@ class _FromStandardLibrary(logging.Handler):
             self.handleError(record)
 
 
+def take_over(logger: str) -> None:
+    """Keep a logger of the standard library from writing with handlers of its own, whenever it gets some."""
+    handler = _FromStandardLibrary()
+
+    def redirect(record: logging.LogRecord) -> bool:
+        handler.emit(record)
+        return False
+
+    logging.getLogger(logger).addFilter(redirect)
+
+
 class _Sink:
     """What structlog calls with the finished line."""
 
@@ -196,15 +213,18 @@ class _Sink:
     debug = info = warning = error = critical = exception = msg
 
 
-def configure(level: str, log_format: str | None, file: Path | None, stream: TextIO | None = None) -> Writer:
-    """Send everything the process says to `stream` (default: standard output) and to `file`.
+def configure(
+    level: str, log_format: str | None, file: Path | None, stream: TextIO | None = None, *, file_only: bool = False
+) -> Writer:
+    """Send everything the process says to `stream` (default: standard output) and to `file`, or to the file alone.
 
     `log_format` is "json" or "console"; None chooses console on a terminal. The file is always JSON. Raises OSError if
     the file cannot be written.
     """
     stream = sys.stdout if stream is None else stream
     console = stream.isatty() if log_format is None else log_format == "console"
-    writer = Writer(stream, _Console(colors=stream.isatty()) if console else render_json, file)
+    render = _Console(colors=stream.isatty()) if console else render_json
+    writer = Writer(None if file_only else stream, render, file)
     threshold = logging.getLevelNamesMapping()[level.upper()]
     structlog.configure(
         processors=[structlog.contextvars.merge_contextvars, _traceback, _stamp],

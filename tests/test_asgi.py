@@ -1,0 +1,58 @@
+"""The same application under the plain `hypercorn` command."""
+
+from __future__ import annotations
+
+import signal
+from functools import partial
+from pathlib import Path
+
+import httpx
+import trio
+
+from processes import free_port, run, running
+from support import Upstream
+
+HYPERCORN = ("-m", "hypercorn", "--worker-class", "trio", "trioproxy.asgi:app", "--bind")
+
+
+async def test_it_serves_and_says_everything_as_json_lines(upstream: Upstream) -> None:
+    bind = f"127.0.0.1:{free_port()}"
+    async with running(*HYPERCORN, bind, variables={"TRIOPROXY_UPSTREAM__BASE_URL": upstream.url}) as process:
+        await process.line("started")
+        async with (
+            httpx.AsyncClient(base_url=f"http://{bind}", trust_env=False) as client,
+            trio.open_nursery() as nursery,
+        ):
+            nursery.start_soon(partial(client.post, "/v1/chat/completions", json={"priority": "high"}))
+            call = await upstream.call()
+            assert call.body == b"{}"
+            await call.answer()
+        assert (await process.line("request completed"))["priority"] == 70
+        process.signal(signal.SIGTERM)
+        assert await process.end() == 0
+        assert any("Running on" in line["event"] for line in process.lines)
+
+
+async def test_a_second_worker_refuses_to_start() -> None:
+    # Hypercorn's own exit status does not tell that a worker failed.
+    _, output = await run(*HYPERCORN, f"127.0.0.1:{free_port()}", "--workers", "2")
+    assert "Traceback" not in output
+    assert "another worker of this application serves already" in output
+    assert "--workers 1" in output
+
+
+async def test_two_masters_do_not_get_in_each_others_way() -> None:
+    async with (
+        running(*HYPERCORN, f"127.0.0.1:{free_port()}") as one,
+        running(*HYPERCORN, f"127.0.0.1:{free_port()}") as two,
+    ):
+        await one.line("started")
+        await two.line("started")
+
+
+async def test_a_wrong_configuration_is_said_without_a_traceback(tmp_path: Path) -> None:
+    file = tmp_path / "proxy.yaml"
+    file.write_text("scheduler: {concurrency: many}")
+    _, output = await run(*HYPERCORN, f"127.0.0.1:{free_port()}", variables={"TRIOPROXY_CONFIG": str(file)})
+    assert "scheduler.concurrency" in output
+    assert "Traceback" not in output

@@ -1,0 +1,88 @@
+"""The stream below a connection: writes without progress, clients that have gone."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any, cast
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from trioproxy.server import Activity, GuardedStream
+
+
+class SlowSocket:
+    """Takes so many bytes every so many seconds."""
+
+    def __init__(self, size: int, seconds: float) -> None:
+        self.taken = 0
+        self.closed = False
+        self._size = size
+        self._seconds = seconds
+
+    async def send(self, data: bytes) -> int:
+        await trio.sleep(self._seconds)
+        sent = min(self._size, len(data))
+        self.taken += sent
+        return sent
+
+    def close(self) -> None:
+        self.closed = True
+
+    def fileno(self) -> int:
+        return -1
+
+
+class SlowStream:
+    def __init__(self, slow: SlowSocket) -> None:
+        self.socket = slow
+
+
+def guarded(slow: SlowSocket, write_timeout: float) -> GuardedStream:
+    return GuardedStream(cast(Any, SlowStream(slow)), write_timeout, Activity())
+
+
+async def test_a_write_without_progress_is_given_up(autojump_clock: MockClock) -> None:
+    slow = SlowSocket(10, 61)
+    with trio.CancelScope(shield=True), pytest.raises(trio.BrokenResourceError):
+        await guarded(slow, 60).send_all(b"x" * 100)
+    assert trio.current_time() == 60
+    assert slow.closed
+
+
+async def test_a_write_with_progress_may_take_long(autojump_clock: MockClock) -> None:
+    slow = SlowSocket(10, 59)
+    await guarded(slow, 60).send_all(b"x" * 100)
+    assert trio.current_time() == 590
+    assert slow.taken == 100
+    assert not slow.closed
+
+
+async def test_a_client_that_leaves_ends_a_write_and_what_is_done_for_it(autojump_clock: MockClock) -> None:
+    slow = SlowSocket(10, 1000)
+    stream = guarded(slow, 60)
+    left: list[float] = []
+    leave = lambda: left.append(trio.current_time())  # noqa: E731
+    stream.watch(leave)
+    async with trio.open_nursery() as nursery:
+
+        async def write() -> None:
+            with trio.CancelScope(shield=True), pytest.raises(trio.BrokenResourceError):
+                await stream.send_all(b"x")
+
+        nursery.start_soon(write)
+        await trio.sleep(5)
+        stream.leave()
+    assert left == [5]
+    assert trio.current_time() == 5
+    stream.unwatch(leave)
+
+
+async def test_a_closed_socket_is_a_broken_one() -> None:
+    ours, theirs = socket.socketpair()
+    stream = GuardedStream(trio.SocketStream(trio.socket.from_stdlib_socket(ours)), 60, Activity())
+    stream.abort()
+    with pytest.raises(trio.BrokenResourceError):
+        await stream.send_all(b"x")
+    theirs.close()
