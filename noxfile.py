@@ -14,7 +14,7 @@ nox.options.sessions = ["lint", "types", "tests"]
 PROJECT = nox.project.load_toml("pyproject.toml")
 
 
-def group(name: str) -> list[str]:
+def group(name: str) -> tuple[str, ...]:
     """The requirements of one dependency group of ``pyproject.toml``."""
     return nox.project.dependency_groups(PROJECT, name)
 

@@ -95,7 +95,7 @@ async def test_a_client_that_has_stopped_reading_does_not_hold_the_end_back(upst
             call = await upstream.call()
 
             async def pump() -> None:
-                with suppress(trio.BrokenResourceError):
+                with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
                     await call.send(b"HTTP/1.1 200 OK\r\nContent-Length: 100000000\r\n\r\n" + b"x" * 100_000_000)
 
             nursery.start_soon(pump)

@@ -6,6 +6,7 @@ The handlers read what is asked, answer what they can, and hand every request un
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Final, cast
 
 import structlog
@@ -39,10 +40,16 @@ HOUSEKEEPING_SECONDS: Final = 5.0
 class Proxy:
     """The parts of one running proxy, and the handlers' logic."""
 
-    def __init__(self, settings: Settings, listeners: tuple[Listener, ...], upstream: Upstream | None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        listeners: tuple[Listener, ...],
+        upstream: Upstream | None,
+        dropped_lines: Callable[[], int],
+    ) -> None:
         self.settings = settings
         limits = settings.scheduler
-        self.metrics = Metrics(limits.concurrency)
+        self.metrics = Metrics(limits.concurrency, dropped_lines=dropped_lines)
         self._failed_listeners: set[Listener] = set()
         self.publisher = Publisher((self.metrics, RequestLog(), *listeners), self._listener_failed)
         self.scheduler = Scheduler(
@@ -152,15 +159,21 @@ class ProxyApp(QuartTrio):
         return self.url_map.bind("", path_info=request.path, default_method=request.method, query_args="")
 
 
-def create_app(settings: Settings, listeners: tuple[Listener, ...] = (), upstream: Upstream | None = None) -> ProxyApp:
+def create_app(
+    settings: Settings,
+    listeners: tuple[Listener, ...] = (),
+    upstream: Upstream | None = None,
+    dropped_lines: Callable[[], int] = int,
+) -> ProxyApp:
     """Join everything. `listeners` are told of every event, after metrics and log; `upstream` replaces the real one.
 
+    `dropped_lines` tells how many log lines have been lost.
     Raises `ConfigError` if the settings do not fit the machine.
     """
     app = ProxyApp("trioproxy", static_folder=None)
     # A body's size and time, and an answer's, are limited by the proxy's own settings.
     app.config.update(MAX_CONTENT_LENGTH=None, BODY_TIMEOUT=None, RESPONSE_TIMEOUT=None)
-    proxy = app.proxy = Proxy(settings, listeners, upstream)
+    proxy = app.proxy = Proxy(settings, listeners, upstream, dropped_lines)
     app.url_map.merge_slashes = False
     app.url_map.converters["rest"] = Rest
     _register_handlers(app, proxy)

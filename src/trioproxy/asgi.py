@@ -39,7 +39,7 @@ def _create() -> ProxyApp:
         sys.exit(f"trioproxy: the configuration cannot be used:\n{error}")
     logs.take_over("hypercorn.error")
     try:
-        application = create_app(settings)
+        application = create_app(settings, dropped_lines=lambda: writer.dropped)
         lock = _only_worker()
     except config.ConfigError as error:
         structlog.get_logger().error("the configuration cannot be used", error=str(error))

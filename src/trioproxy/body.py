@@ -29,7 +29,7 @@ class Reading:
 
 
 class TooDeepError(ValueError):
-    """A body with a priority whose nesting is beyond reading."""
+    """A body that may have a priority, but is nested too deeply to be read."""
 
 
 class _Fields(msgspec.Struct):
@@ -42,36 +42,51 @@ _FIELDS: Final = msgspec.json.Decoder(_Fields)
 
 
 def read(body: bytes) -> Reading:
-    """Read a body of any kind. One that is not a JSON object (multipart, text, broken JSON) has no fields."""
+    """Read a body of any kind. One that is not a JSON object (multipart, text, broken JSON) has no fields.
+
+    Raises `TooDeepError`.
+    """
     if not body.lstrip(b" \t\r\n").startswith(b"{"):
         return Reading(body)
     try:
-        fields = _FIELDS.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        text = body.decode()
+    except UnicodeDecodeError:
         return Reading(body)
-    forwarded = body
-    priorities: tuple[str, ...] = ()
+    try:
+        fields = _FIELDS.decode(body)
+    except (msgspec.DecodeError, RecursionError):
+        return _read_thoroughly(body, text)  # it is stricter than those who write JSON
     if fields.priority is not msgspec.UNSET:
-        try:
-            forwarded, priorities = _take_out_priority(body)
-        except RecursionError:
-            raise TooDeepError("The JSON body is nested too deeply to be read.") from None
-        except ValueError:  # broken where the first reader did not look
-            return Reading(body)
+        return _read_thoroughly(body, text)
     return Reading(
-        forwarded,
+        body,
         fields.model if isinstance(fields.model, str) else None,
         fields.stream if isinstance(fields.stream, bool) else None,
-        priorities,
     )
 
 
-def _as_text(number: str) -> str:
-    return number
+def _read_thoroughly(body: bytes, text: str) -> Reading:
+    try:
+        return _walk(body, text)
+    except RecursionError:
+        if PRIORITY_KEY in text or "\\u" in text:
+            raise TooDeepError("The JSON body is nested too deeply to be read.") from None
+    except (ValueError, IndexError):
+        pass
+    return Reading(body)
 
 
-# Numbers stay text: nothing is lost of them, and a long one costs nothing.
-_SCANNER: Final = json.JSONDecoder(parse_int=_as_text, parse_float=_as_text, strict=False)
+class _Number(str):
+    """A number as it was written: nothing is lost of it, and a long one costs nothing."""
+
+    __slots__ = ()
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+_SCANNER: Final = json.JSONDecoder(parse_int=_Number, parse_float=_Number, parse_constant=_refuse)
 
 
 def _skip_blanks(text: str, at: int) -> int:
@@ -80,17 +95,30 @@ def _skip_blanks(text: str, at: int) -> int:
     return at
 
 
-def _take_out_priority(body: bytes) -> tuple[bytes, tuple[str, ...]]:
-    """Cut out each top-level field `priority`, however its key is escaped, with its value and one comma."""
-    text = body.decode()
+def _expect(text: str, at: int, wanted: str) -> int:
+    """Returns where the next thing begins, behind one of the wanted characters and blanks."""
+    if text[at] not in wanted:
+        raise ValueError(f"{text[at]!r} instead of one of {wanted!r}")
+    return _skip_blanks(text, at + 1)
+
+
+def _walk(body: bytes, text: str) -> Reading:
+    """Go through the top-level members, and cut out each `priority`, however its key is escaped, with one comma.
+
+    ValueError or IndexError if it is not a JSON object.
+    """
+    values: dict[str, object] = {}
     priorities: list[str] = []
     kept: list[str] = []
     kept_to = 0
-    at = member_from = _skip_blanks(text, _skip_blanks(text, 0) + 1)
+    at = member_from = _expect(text, _skip_blanks(text, 0), "{")
     while text[at] != "}":
         key, at = _SCANNER.raw_decode(text, at)
-        value_from = _skip_blanks(text, _skip_blanks(text, at) + 1)
-        _, value_to = _SCANNER.raw_decode(text, value_from)
+        value_from = _expect(text, _skip_blanks(text, at), ":")
+        value, value_to = _SCANNER.raw_decode(text, value_from)
+        if type(key) is not str:
+            raise ValueError(f"{key!r} is not a key")
+        values[key] = value
         at = _skip_blanks(text, value_to)
         is_last = text[at] == "}"
         if key == PRIORITY_KEY:
@@ -100,8 +128,18 @@ def _take_out_priority(body: bytes) -> tuple[bytes, tuple[str, ...]]:
             if is_last:
                 kept = [_without_trailing_comma("".join(kept))]
         if not is_last:
-            at = member_from = _skip_blanks(text, at + 1)
-    return "".join([*kept, text[kept_to:]]).encode(), tuple(priorities)
+            at = member_from = _expect(text, at, ",")
+            if text[at] == "}":
+                raise ValueError("a comma before the end")
+    if text[at + 1 :].strip(_BLANKS):
+        raise ValueError("something behind the object")
+    model, stream = values.get("model"), values.get("stream")
+    return Reading(
+        "".join([*kept, text[kept_to:]]).encode() if priorities else body,
+        model if type(model) is str else None,
+        stream if isinstance(stream, bool) else None,
+        tuple(priorities),
+    )
 
 
 def _without_trailing_comma(members: str) -> str:

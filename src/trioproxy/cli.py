@@ -102,16 +102,16 @@ def run(config_file: Path | None, overrides: Mapping[str, object]) -> None:
         reason = f"logging.file: {settings.logging.file} cannot be written: {error.strerror}"
         _fail("the configuration cannot be used", reason, EXIT_UNUSABLE_CONFIGURATION)
     try:
-        status = _serve(settings)
+        status = _serve(settings, writer)
     finally:
         writer.close()
     sys.exit(status)
 
 
-def _serve(settings: Settings) -> int:
+def _serve(settings: Settings, writer: logs.Writer) -> int:
     log = structlog.get_logger()
     try:
-        app = create_app(settings)
+        app = create_app(settings, dropped_lines=lambda: writer.dropped)
     except ConfigError as error:
         log.error("the configuration cannot be used", error=str(error))
         return EXIT_UNUSABLE_CONFIGURATION

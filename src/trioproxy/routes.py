@@ -43,36 +43,49 @@ SCHEDULED: Final = (
 """Paths under `/v1/` whose `POST` occupies the model while it is answered. `*` stands for one segment."""
 
 METHODS: Final = frozenset({"POST", "PUT", "PATCH"})
-"""The methods that can be scheduled at all."""
+"""The methods that the user's own routes can schedule; the built-in ones schedule `POST` alone."""
 
 
 class RouteTable:
     """Says of a method and a path whether the request needs a slot. The user's routes go before the built-in ones."""
 
     def __init__(self, routes: Mapping[str, Treatment]) -> None:
-        table: dict[str, Treatment] = dict.fromkeys(SCHEDULED, "schedule")
-        table.update(routes)
-        self._exact = {pattern: treatment for pattern, treatment in table.items() if "*" not in pattern}
-        own = [pattern for pattern in table if pattern in routes]
-        builtin = [pattern for pattern in table if pattern not in routes]
-        self._patterns = [(pattern.split("/"), table[pattern]) for pattern in own + builtin if "*" in pattern]
+        self._own = _Patterns(routes)
+        self._built_in = _Patterns(dict.fromkeys(SCHEDULED, "schedule"))
 
     def is_scheduled(self, method: str, rest: bytes) -> bool:
-        """Whether a request needs a slot. `rest` is the raw path behind `/v1/`, without the query.
+        """Whether a request needs a slot. `rest` is the raw path behind `/v1`, without the query.
 
         Matched as a server would read it: percent-decoded, without empty segments.
         """
         if method not in METHODS:
             return False
-        text = unquote_to_bytes(rest).decode("utf-8", "replace")
-        if (treatment := self._exact.get(text)) is not None:
-            return treatment == "schedule"
-        segments = [segment for segment in text.split("/") if segment]
-        if (treatment := self._exact.get("/".join(segments))) is not None:
-            return treatment == "schedule"
-        for pattern, treatment in self._patterns:
+        segments = _segments(rest)
+        treatment = self._own.find(segments)
+        if treatment is None and method == "POST":
+            treatment = self._built_in.find(segments)
+        return treatment == "schedule"
+
+
+def _segments(path: bytes | str) -> tuple[str, ...]:
+    decoded = unquote_to_bytes(path).decode("utf-8", "replace")
+    return tuple(segment for segment in decoded.split("/") if segment)
+
+
+class _Patterns:
+    """Patterns of paths; one without `*` goes before those with it, and those go in their own order."""
+
+    def __init__(self, routes: Mapping[str, Treatment]) -> None:
+        patterns = {_segments(pattern): treatment for pattern, treatment in routes.items()}
+        self._exact = {segments: treatment for segments, treatment in patterns.items() if "*" not in segments}
+        self._starred = {segments: treatment for segments, treatment in patterns.items() if "*" in segments}
+
+    def find(self, segments: tuple[str, ...]) -> Treatment | None:
+        if (treatment := self._exact.get(segments)) is not None:
+            return treatment
+        for pattern, treatment in self._starred.items():
             if len(pattern) == len(segments) and all(
                 wanted in ("*", segment) for wanted, segment in zip(pattern, segments, strict=True)
             ):
-                return treatment == "schedule"
-        return False
+                return treatment
+        return None

@@ -1,12 +1,13 @@
 """Events and everything else that the process has to say → JSON lines (or a console), off the request's path.
 
-A line is a dictionary put into a bounded queue; one thread renders and writes. A slow or full disk, or a pipe that
-nobody reads, costs lines, which are counted, and never a request's time. Hypercorn's messages, warnings and whatever
-else goes through the standard library's logging take the same way.
+A line is a dictionary, put into a bounded queue for each sink, whose own thread renders and writes. A slow or full
+disk, or a pipe that nobody reads, costs lines, which are counted, and never a request's time. Hypercorn's messages,
+warnings and whatever else goes through the standard library's logging take the same way.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -14,10 +15,11 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, MutableMapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, Final, TextIO
+from typing import Any, Final, Protocol, TextIO
 
 import msgspec
 import structlog
@@ -51,7 +53,10 @@ Renderer = Callable[[Line], str]
 
 def render_json(line: Line) -> str:
     """One JSON object; what JSON cannot say is said as text."""
-    return msgspec.json.encode(line, enc_hook=repr).decode()
+    try:
+        return msgspec.json.encode(line, enc_hook=repr).decode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return json.dumps(line, default=repr)
 
 
 class _Console:
@@ -102,58 +107,87 @@ class _File:
             return True
 
 
-class Writer:
-    """The thread that writes, and the queue before it."""
+class _Sink(Protocol):
+    def write(self, text: str, /) -> object: ...
 
-    def __init__(self, stream: TextIO | None, render: Renderer, file: Path | None = None) -> None:
-        """Raises OSError if the file cannot be opened for appending."""
-        self._sinks: list[tuple[TextIO | _File, Renderer]] = []
-        if stream is not None:
-            self._sinks.append((stream, render))
-        if file is not None:
-            self._sinks.append((_File(file), render_json))
-        self._lines: SimpleQueue[Line | None] = SimpleQueue()
+    def flush(self) -> object: ...
+
+    def close(self) -> object: ...
+
+
+class _Lane:
+    """One sink, the thread that writes to it, and the queue before that."""
+
+    def __init__(self, sink: _Sink, render: Renderer, *, closes: bool) -> None:
         self.dropped = 0
-        """Lines that were lost, because the writer was too slow or a sink failed."""
+        self._sink = sink
+        self._render = render
+        self._closes = closes
+        self._lines: SimpleQueue[Line | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="trioproxy-log", daemon=True)
         self._thread.start()
 
     def put(self, line: Line) -> None:
-        """Write a line soon. Never waits."""
         if self._lines.qsize() >= QUEUED_LINES_MAX:
             self.dropped += 1
         else:
             self._lines.put(line)
 
-    def close(self) -> None:
-        """Write what is left, as long as that does not take too long."""
+    def stop(self) -> None:
         self._lines.put(None)
-        self._thread.join(CLOSE_SECONDS_MAX)
+
+    def join(self, seconds: float) -> None:
+        self._thread.join(seconds)
 
     def _run(self) -> None:
-        while True:
+        going_on = True
+        while going_on:
             lines: list[Line] = []
             line = self._lines.get()
-            try:
+            with suppress(Empty):
                 while line is not None:
                     lines.append(line)
                     line = self._lines.get_nowait()
-            except Empty:
-                self._write(lines)
-            else:
-                self._write(lines)
-                break
-        for sink, _ in self._sinks:
-            if isinstance(sink, _File):
-                sink.close()
+            self._write(lines)
+            going_on = line is not None
+        if self._closes:
+            self._sink.close()
 
     def _write(self, lines: list[Line]) -> None:
-        for sink, render in self._sinks:
-            try:
-                sink.write("".join(render(line.copy()) + "\n" for line in lines))  # type: ignore[attr-defined]
-                sink.flush()
-            except Exception:
-                self.dropped += len(lines)
+        try:
+            self._sink.write("".join(self._render(dict(line)) + "\n" for line in lines))
+            self._sink.flush()
+        except Exception:
+            self.dropped += len(lines)
+
+
+class Writer:
+    """Writes lines to a stream and to a file, each in a thread of its own: neither waits for the other."""
+
+    def __init__(self, stream: TextIO | None, render: Renderer, file: Path | None = None) -> None:
+        """Raises OSError if the file cannot be opened for appending."""
+        opened = None if file is None else _File(file)
+        self._lanes = [] if stream is None else [_Lane(stream, render, closes=False)]
+        if opened is not None:
+            self._lanes.append(_Lane(opened, render_json, closes=True))
+
+    @property
+    def dropped(self) -> int:
+        """How many lines were lost, because writing was too slow or failed."""
+        return sum(lane.dropped for lane in self._lanes)
+
+    def put(self, line: Line) -> None:
+        """Write a line soon. Never waits."""
+        for lane in self._lanes:
+            lane.put(line)
+
+    def close(self) -> None:
+        """Write what is left, as long as that does not take too long."""
+        for lane in self._lanes:
+            lane.stop()
+        ends = time.monotonic() + CLOSE_SECONDS_MAX
+        for lane in self._lanes:
+            lane.join(max(ends - time.monotonic(), 0))
 
 
 def _stamp(_: WrappedLogger, method: str, event: EventDict) -> EventDict:
@@ -175,6 +209,9 @@ def _traceback(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
     return event
 
 
+_LEVELS: Final = (logging.CRITICAL, logging.ERROR, logging.WARNING, logging.INFO, logging.DEBUG)
+
+
 class _FromStandardLibrary(logging.Handler):
     """Records of the standard library's logging, as lines of ours."""
 
@@ -185,7 +222,8 @@ class _FromStandardLibrary(logging.Handler):
                 fields["error"] = record.getMessage()
             if record.exc_info:
                 fields["exc_info"] = record.exc_info
-            structlog.get_logger().log(record.levelno, record.getMessage(), **fields)
+            level = next(level for level in _LEVELS if record.levelno >= level or level == logging.DEBUG)
+            structlog.get_logger().log(level, record.getMessage(), **fields)
         except Exception:
             self.handleError(record)
 
@@ -201,7 +239,7 @@ def take_over(logger: str) -> None:
     logging.getLogger(logger).addFilter(redirect)
 
 
-class _Sink:
+class _Output:
     """What structlog calls with the finished line."""
 
     def __init__(self, writer: Writer) -> None:
@@ -229,7 +267,7 @@ def configure(
     structlog.configure(
         processors=[structlog.contextvars.merge_contextvars, _traceback, _stamp],
         wrapper_class=structlog.make_filtering_bound_logger(threshold),
-        logger_factory=lambda *_: _Sink(writer),
+        logger_factory=lambda *_: _Output(writer),
         cache_logger_on_first_use=False,
     )
     root = logging.getLogger()

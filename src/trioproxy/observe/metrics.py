@@ -6,11 +6,13 @@ that `increase()` sees the first event.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
 from prometheus_client import disable_created_metrics as _disable_created_metrics
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 from trioproxy import errors, priority
 from trioproxy.errors import Outcome, Status
@@ -43,7 +45,8 @@ PASSED_THROUGH_STATUSES = ("2xx", "3xx", "4xx", "5xx", "error")
 
 
 def _status_class(http_status: int | None) -> str:
-    return "error" if http_status is None else f"{http_status // 100}xx"
+    # From 600 on they mean nothing, and are to be treated as 500 (RFC 9110 section 15).
+    return "error" if http_status is None else f"{min(http_status // 100, 5)}xx"
 
 
 def _upstream_status(progress: Progress) -> str:
@@ -58,13 +61,31 @@ def _passed_through_status(event: PassedThrough) -> str:
     return "error"
 
 
-class Metrics:
-    """A listener that counts. One registry of its own, so that several can live in one process."""
+class _DroppedLines(Collector):
+    """The log's own count, read when somebody scrapes."""
 
-    def __init__(self, permits: int, pool: str = "default") -> None:
+    def __init__(self, count: Callable[[], int]) -> None:
+        self._count = count
+
+    def collect(self) -> Iterable[CounterMetricFamily]:
+        yield CounterMetricFamily(
+            "openai_proxy_log_lines_dropped",
+            "Log lines lost, because the disk or the reader of standard output was too slow, full or gone.",
+            value=self._count(),
+        )
+
+
+class Metrics:
+    """A listener that counts. One registry of its own, so that several can live in one process.
+
+    `dropped_lines` tells how many log lines have been lost.
+    """
+
+    def __init__(self, permits: int, pool: str = "default", dropped_lines: Callable[[], int] = int) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
+        self.registry.register(_DroppedLines(dropped_lines))
         self._pool = pool
         self._define_gauges(permits)
         self._define_counters()

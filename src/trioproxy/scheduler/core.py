@@ -90,6 +90,8 @@ class Core:
 
         The last event is the newcomer's own.
         """
+        if request in self._running or request in self._queue:
+            raise KeyError(request)
         if not self._accepting:
             return [Ended(request, now, SHUTTING_DOWN, None, started=False)]
         if request.deadline <= now:
@@ -98,7 +100,7 @@ class Core:
             return [self._start(request, now, 0.0, was_queued=False)]
         events: list[SchedulingEvent] = []
         if len(self._queue) >= self._max_queue:
-            if not self._queue or self._queue.lowest_priority() >= request.priority:
+            if not self._max_queue or self._queue.lowest_priority() >= request.priority:
                 return [Ended(request, now, QUEUE_FULL, None, started=False)]
             events += self.leave(self._queue.youngest_of_lowest(), now, EVICTED)
         self._queue.join(request, now)
@@ -123,6 +125,7 @@ class Core:
         """Take notice of a changed limit and set the queue's places.
 
         More slots start waiting requests at once. Fewer slots or places drain: nobody who has one loses it.
+        ValueError, and nothing changed, if `max_queue` is negative.
         """
         if max_queue is not None:
             if max_queue < 0:

@@ -86,10 +86,19 @@ class Scheduler:
             self._carry_out(self._core.finish(request, now, slot.ending or errors.INTERNAL_ERROR, slot.progress))
 
     def resize(self, *, concurrency: int | None = None, max_queue: int | None = None) -> None:
-        """Change the pool's capacity: raising starts waiting requests at once, lowering drains."""
+        """Change the pool's capacity: raising starts waiting requests at once, lowering drains.
+
+        ValueError, and nothing changed, if there would be no slot or fewer than no places.
+        """
+        permits_before = self._limit.permits
         if concurrency is not None:
             self._limit.permits = concurrency
-        self._carry_out(self._core.resize(trio.current_time(), max_queue))
+        try:
+            events = self._core.resize(trio.current_time(), max_queue)
+        except ValueError:
+            self._limit.permits = permits_before
+            raise
+        self._carry_out(events)
 
     def close(self) -> None:
         """Turn newcomers away with SHUTTING_DOWN from now on; who runs or waits goes on."""
@@ -175,4 +184,7 @@ class Scheduler:
 def _ending_of(error: BaseException) -> Ending:
     if isinstance(error, ProxyError):
         return error.ending
+    if isinstance(error, BaseExceptionGroup):  # out of a nursery
+        _, error_beside = error.split(trio.Cancelled)
+        return errors.CANCELLED if error_beside is None else errors.INTERNAL_ERROR
     return errors.CANCELLED if isinstance(error, trio.Cancelled) else errors.INTERNAL_ERROR
