@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -146,7 +147,12 @@ class Client:
 
     def leave(self) -> None:
         """Disconnect."""
-        self._to_app.send_nowait({"type": "http.disconnect"})
+        with suppress(trio.WouldBlock):
+            self._to_app.send_nowait({"type": "http.disconnect"})
+
+    def send_body(self, piece: bytes, *, more: bool = True) -> None:
+        """Send a piece of the request's body."""
+        self._to_app.send_nowait({"type": "http.request", "body": piece, "more_body": more})
 
     async def post(
         self,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,6 +74,17 @@ class Upstream:
         """The next request that has not been taken yet."""
         with trio.fail_after(5):
             return await self._receiver.receive()
+
+    async def behave(self, behaviour: Callable[[Call], Awaitable[object]]) -> None:
+        """Treat every request in the same way, until cancelled; that the proxy hangs up is no error."""
+
+        async def treat(call: Call) -> None:
+            with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                await behaviour(call)
+
+        async with trio.open_nursery() as nursery:
+            async for call in self._receiver:
+                nursery.start_soon(treat, call)
 
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Listen on a free port of the loopback interface."""

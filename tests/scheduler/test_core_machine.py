@@ -6,7 +6,7 @@ import math
 from collections import Counter
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from reference import Happening, ReferencePool
@@ -96,21 +96,29 @@ class CoreMachine(RuleBasedStateMachine):
 
     @rule(urgency=PRIORITIES, seconds_left=DEADLINES)
     def submit(self, urgency: int, seconds_left: float) -> None:
+        self.submit_one(urgency, self.now + seconds_left)
+
+    @precondition(lambda self: self.reference.queued())
+    @rule(difference=st.integers(-1, 1))
+    def submit_one_about_as_urgent_as_the_least(self, difference: int) -> None:
+        self.submit_one(min(max(self.reference.queued()[-1]["priority"] + difference, 0), 100), math.inf)
+
+    @rule(urgency=PRIORITIES)
+    def submit_until_the_queue_is_full(self, urgency: int) -> None:
+        for _ in range(self.limit.permits + self.core.max_queue):
+            self.submit_one(urgency, math.inf)
+
+    def submit_one(self, urgency: int, deadline: float) -> None:
         name = f"r{len(self.requests)}"
         request = ScheduledRequest(
-            request_id=name,
-            method="POST",
-            path="/v1/x",
-            arrived=self.now,
-            priority=urgency,
-            deadline=self.now + seconds_left,
+            request_id=name, method="POST", path="/v1/x", arrived=self.now, priority=urgency, deadline=deadline
         )
         self.requests[name] = request
         events = self.core.submit(request, self.now)
         last = events[-1]
         assert not isinstance(last, CapacityChanged)
         assert last.request is request, "the last event is the newcomer's own"
-        self.compare(events, self.reference.submit(name, urgency, request.deadline, self.now))
+        self.compare(events, self.reference.submit(name, urgency, deadline, self.now))
 
     @precondition(lambda self: self.reference.running())
     @rule(data=st.data(), ending=ENDINGS_OF_RUNNING)
@@ -161,6 +169,9 @@ class CoreMachine(RuleBasedStateMachine):
         if name not in {entry["name"] for entry in self.reference.queued()}:
             with pytest.raises(KeyError):
                 self.core.leave(self.requests[name], self.now, errors.CANCELLED)
+        if name not in {entry["name"] for entry in self.reference.ended()}:
+            with pytest.raises(KeyError):
+                self.core.submit(self.requests[name], self.now)
 
     @invariant()
     def both_know_the_same(self) -> None:
@@ -222,4 +233,10 @@ class CoreMachine(RuleBasedStateMachine):
 
 
 TestCoreAgainstReference = CoreMachine.TestCase
-TestCoreAgainstReference.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+TestCoreAgainstReference.settings = settings(
+    max_examples=250,
+    stateful_step_count=30,
+    deadline=None,
+    report_multiple_bugs=False,
+    phases=[phase for phase in Phase if phase is not Phase.explain],  # it takes minutes
+)
