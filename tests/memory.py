@@ -227,4 +227,6 @@ class House:
         sample = self.proxy.metrics.registry.get_sample_value
         assert sample("openai_proxy_available_permits", {"pool": "default"}) == snapshot.permits
         assert sample("openai_proxy_queue_size", {"pool": "default"}) == 0
+        self.proxy.check_invariants()
+        assert sample("openai_proxy_invariant_violations_total") == 0
         assert self.upstream.open_connections == self.proxy.upstream.idle

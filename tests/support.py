@@ -210,6 +210,8 @@ class Proxy:
         sample = self.app.proxy.metrics.registry.get_sample_value
         assert sample("openai_proxy_available_permits", {"pool": "default"}) == snapshot.permits
         assert sample("openai_proxy_queue_size", {"pool": "default"}) == 0
+        self.app.proxy.check_invariants()
+        assert sample("openai_proxy_invariant_violations_total") == 0
 
     async def settled(self) -> None:
         """Wait for `assert_settled` to hold."""

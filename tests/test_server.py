@@ -640,4 +640,5 @@ async def keep_checking(proxy: Proxy) -> None:
         snapshot = proxy.app.proxy.scheduler.snapshot()
         assert len(received) == len(proxy.recorder.ended) + len(snapshot.queued) + len(snapshot.running)
         assert len(snapshot.running) <= snapshot.permits
+        proxy.app.proxy.check_invariants()
         await trio.sleep(0.01)

@@ -83,7 +83,15 @@ class Proxy:
             task_status.started(scope)
             while True:
                 await trio.sleep(HOUSEKEEPING_SECONDS)
+                self.check_invariants()
                 await self.upstream.close_expired()
+
+    def check_invariants(self) -> None:
+        """Compare slots, queue, tasks and metrics with each other; what does not agree is counted and logged."""
+        counted = self.metrics.violations(self.scheduler.running, self.scheduler.queued)
+        for violation in (*self.scheduler.violations(), *counted):
+            self.metrics.invariant_violated()
+            log.error("an invariant does not hold", error=violation)
 
     def _listener_failed(self, listener: Listener, error: Exception) -> None:
         self.metrics.listener_failed()

@@ -6,7 +6,7 @@ that `increase()` sees the first event.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
 from prometheus_client import disable_created_metrics as _disable_created_metrics
@@ -107,6 +107,17 @@ class Metrics:
         """A listener raised an exception."""
         self._listener_failures.inc()
 
+    def violations(self, running: int, queued: int) -> Iterator[str]:
+        """How the gauges, which are folded from events, differ from the scheduler's own numbers, in words."""
+        if self._in_use != running:
+            yield f"the metrics count {self._in_use} slots in use, the scheduler {running}"
+        if self._queued_now != queued:
+            yield f"the metrics count {self._queued_now} queued requests, the scheduler {queued}"
+
+    def invariant_violated(self) -> None:
+        """Something does not hold although it always must."""
+        self._invariant_violations.inc()
+
     def expose(self, accept: str) -> tuple[bytes, str]:
         """All series in the format that the scraper's header `Accept` asks for, and its content type."""
         encoder, content_type = choose_encoder(accept)
@@ -131,6 +142,7 @@ class Metrics:
         self._permits.set(permits)
         self._available_permits.set(permits)
         self._in_use = 0
+        self._queued_now = 0
         self._limit = permits
 
     def _define_counters(self) -> None:
@@ -168,6 +180,10 @@ class Metrics:
             "passthrough_requests", "Requests that need no slot, by class of the answer's status.", "http_status"
         )
         self._passed = {status: passed_through.labels(status) for status in PASSED_THROUGH_STATUSES}
+        self._invariant_violations = counter(
+            "invariant_violations",
+            "Self-checks that failed: slots, queue, tasks and metrics did not agree. Must stay 0; the log says what.",
+        )
         self._listener_failures = counter(
             "listener_failures", "Events that a metric, the log or another listener failed on: a bug. See the log."
         )
@@ -210,7 +226,8 @@ class Metrics:
         }
 
     def _queued(self, event: Queued) -> None:
-        self._queue_size.inc()
+        self._queued_now += 1
+        self._queue_size.set(self._queued_now)
         self._queue_size_by_priority[event.request.priority_level].inc()
 
     def _started(self, event: Started) -> None:
@@ -220,7 +237,8 @@ class Metrics:
         self._use_slots(+1)
 
     def _leave_queue(self, request: ScheduledRequest) -> None:
-        self._queue_size.dec()
+        self._queued_now -= 1
+        self._queue_size.set(self._queued_now)
         self._queue_size_by_priority[request.priority_level].dec()
 
     def _use_slots(self, change: int) -> None:

@@ -81,6 +81,11 @@ class Core:
         return len(self._queue)
 
     @property
+    def running(self) -> int:
+        """How many hold a slot."""
+        return len(self._running)
+
+    @property
     def max_queue(self) -> int:
         """How many may wait."""
         return self._max_queue

@@ -6,7 +6,7 @@ and having published its change there is no checkpoint at which a cancellation c
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -63,6 +63,7 @@ class Scheduler:
         self._queue_timeout = queue_timeout
         self._publisher = publisher
         self._waiters: dict[ScheduledRequest, _Waiter] = {}
+        self._present = 0
 
     @asynccontextmanager
     async def slot(self, request: ScheduledRequest) -> AsyncIterator[Slot]:
@@ -75,15 +76,19 @@ class Scheduler:
         Raises `ProxyError` when there is no slot to be had: QUEUE_FULL, SHUTTING_DOWN, EVICTED, QUEUE_TIMEOUT,
         DEADLINE_EXCEEDED.
         """
-        slot = Slot(request, await self._admit(request))
+        self._present += 1
         try:
-            yield slot
-        except BaseException as error:
-            slot.ending = _ending_of(error)
-            raise
+            slot = Slot(request, await self._admit(request))
+            try:
+                yield slot
+            except BaseException as error:
+                slot.ending = _ending_of(error)
+                raise
+            finally:
+                now = trio.current_time()
+                self._carry_out(self._core.finish(request, now, slot.ending or errors.INTERNAL_ERROR, slot.progress))
         finally:
-            now = trio.current_time()
-            self._carry_out(self._core.finish(request, now, slot.ending or errors.INTERNAL_ERROR, slot.progress))
+            self._present -= 1
 
     def resize(self, *, concurrency: int | None = None, max_queue: int | None = None) -> None:
         """Change the pool's capacity: raising starts waiting requests at once, lowering drains.
@@ -113,9 +118,29 @@ class Scheduler:
         """In how many seconds a refused request has a chance, by the measured rate at which slots come free."""
         return self._core.retry_after(trio.current_time())
 
+    @property
+    def running(self) -> int:
+        """How many hold a slot."""
+        return self._core.running
+
+    @property
+    def queued(self) -> int:
+        """How many wait."""
+        return self._core.queued
+
     def snapshot(self) -> Snapshot:
-        """All of the pool's state, frozen."""
+        """All of the pool's state, frozen. Takes time in proportion to the number of requests."""
         return self._core.snapshot()
+
+    def violations(self) -> Iterator[str]:
+        """What does not hold although it always must, in words; nothing if all is well. Takes constant time."""
+        held, waiting = self._core.running, self._core.queued
+        if held + waiting > self._present:
+            yield f"{held} slots and {waiting} places are taken, but only {self._present} requests are there"
+        if waiting and held < self._limit.permits:
+            yield f"{waiting} requests wait although only {held} of {self._limit.permits} slots are taken"
+        if waiting != len(self._waiters):
+            yield f"{waiting} requests are queued, but {len(self._waiters)} tasks wait"
 
     def __repr__(self) -> str:
         return f"<Scheduler of {self._core!r}>"
