@@ -12,7 +12,7 @@ import trio
 
 from trioproxy.app import ProxyApp, create_app
 from trioproxy.config import Settings
-from trioproxy.events import Ended, Event, PassedThrough, Refused
+from trioproxy.events import Ended, Event, Listener, PassedThrough, Refused
 from trioproxy.server import Server
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -231,7 +231,9 @@ async def running_upstream() -> AsyncIterator[Upstream]:
 
 
 @asynccontextmanager
-async def running_proxy(upstream_url: str, **settings: dict[str, Any]) -> AsyncIterator[Proxy]:
+async def running_proxy(
+    upstream_url: str, listeners: tuple[Listener, ...] = (), /, **settings: dict[str, Any]
+) -> AsyncIterator[Proxy]:
     """The proxy, served as `trioproxy serve` does, on a free port; sections of the settings as keywords."""
     sections: dict[str, dict[str, Any]] = {
         "server": {"bind": "127.0.0.1:0", "shutdown_grace": 0.5},
@@ -241,7 +243,7 @@ async def running_proxy(upstream_url: str, **settings: dict[str, Any]) -> AsyncI
         sections[name] = sections.get(name, {}) | values
     recorder = Recorder()
     parsed = Settings.model_validate(sections)
-    app = create_app(parsed, (recorder,))
+    app = create_app(parsed, (*listeners, recorder))
     server = Server(app, parsed)
     async with trio.open_nursery() as nursery:
         (address,) = await nursery.start(lambda task_status: server.run(task_status=task_status))

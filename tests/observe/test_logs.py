@@ -687,3 +687,29 @@ def _drain(reading_end: int, received: bytearray) -> None:
     with os.fdopen(reading_end, "rb", buffering=0) as pipe:
         while piece := pipe.read(65536):
             received += piece
+
+
+def test_a_line_torn_by_a_full_disk_does_not_spoil_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "proxy.log"
+    file = logs._File(path)
+    real = file._file
+
+    class Full:
+        def write(self, data: bytes) -> int:
+            real.write(data[:5])
+            monkeypatch.setattr(file, "_file", Fuller())
+            return 5
+
+    class Fuller:
+        def write(self, data: bytes) -> int:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(file, "_file", Full())
+    with pytest.raises(OSError, match="No space"):
+        file.write("torn line\n")
+    monkeypatch.setattr(file, "_file", real)
+    file.write("whole line\n")
+    file.close()
+    assert path.read_text() == "torn \nwhole line\n"

@@ -287,6 +287,25 @@ async def test_cancelled_in_a_nursery_in_its_slot(autojump_clock: MockClock) -> 
         assert bench.life("a") == ["started", "cancelled in its slot"]
 
 
+async def test_a_bug_on_the_occasion_of_a_cancellation_is_a_bug(autojump_clock: MockClock) -> None:
+    async def clumsy() -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            raise RuntimeError("boom")
+
+    async def serve(scheduler: Scheduler) -> None:
+        with trio.move_on_after(2):
+            async with scheduler.slot(make_request("a")), trio.open_nursery() as nursery:
+                nursery.start_soon(clumsy)
+                nursery.start_soon(trio.sleep_forever)
+
+    async with running_bench() as bench:
+        with pytest.raises(BaseExceptionGroup):
+            await serve(bench.scheduler)
+        assert bench.life("a") == ["started", "internal_error in its slot"]
+
+
 # Timeouts in the queue.
 
 

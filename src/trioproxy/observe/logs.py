@@ -79,6 +79,7 @@ class _File:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._checked = 0.0
+        self._torn = False
         path.parent.mkdir(parents=True, exist_ok=True)
         self._open()
 
@@ -86,16 +87,23 @@ class _File:
         if time.monotonic() - self._checked > _REOPEN_SECONDS and self._was_rotated():
             self._file.close()
             self._open()
-        self._file.write(text)
+        data = text.encode("utf-8", "backslashreplace")
+        if self._torn:  # by a disk that was full: do not let it spoil the next line
+            data = b"\n" + data
+        while data:
+            written = self._file.write(data)
+            self._torn = written < len(data)
+            data = data[written:]
 
     def flush(self) -> None:
-        self._file.flush()
+        """Nothing is buffered: what a full disk did not take is lost, not piled up."""
 
     def close(self) -> None:
         self._file.close()
 
     def _open(self) -> None:
-        self._file = self._path.open("a", encoding="utf-8", errors="backslashreplace")
+        self._file = self._path.open("ab", buffering=0)
+        self._torn = False
         self._identity = os.fstat(self._file.fileno())
         self._checked = time.monotonic()
 
