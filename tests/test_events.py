@@ -108,3 +108,16 @@ def test_a_request_knows_its_level(number: int, level: str) -> None:
 def test_the_whole_time_is_from_arrival_to_the_end() -> None:
     request = replace(scheduled(), arrived=100.0)
     assert Ended(request, 102.5, COMPLETED, 0.5, started=True).total_seconds == 2.5
+
+
+def test_even_telling_of_a_failure_may_fail() -> None:
+    heard: list[Event] = []
+
+    def broken(event: Event) -> None:
+        raise RuntimeError("broken")
+
+    def tell(listener: Listener, error: Exception) -> None:
+        raise TypeError("broken too")
+
+    Publisher((broken, heard.append), tell).publish(CapacityChanged("default", 0.0, 1, 1))
+    assert len(heard) == 1

@@ -177,10 +177,8 @@ async def test_a_client_that_leaves_while_running_closes_the_upstream(
         await call.send(said)
         await trio.sleep(0.05)
         await leave(stream, way)
-        began = trio.current_time()
-        with trio.fail_after(2):
+        with trio.fail_after(1):  # at once: test_relay says so by a clock that does not depend on the machine
             await call.gone.wait()
-        assert trio.current_time() - began < 0.05
         await proxy.settled()
         assert proxy.recorder.outcomes() == ["cancelled"]
 

@@ -50,7 +50,7 @@ class Proxy:
         self.settings = settings
         limits = settings.scheduler
         self.metrics = Metrics(limits.concurrency, dropped_lines=dropped_lines)
-        self._failed_listeners: set[Listener] = set()
+        self._failed_listeners: set[int] = set()
         self.publisher = Publisher((self.metrics, RequestLog(), *listeners), self._listener_failed)
         self.scheduler = Scheduler(
             FixedLimit(limits.concurrency), limits.max_queue, limits.queue_timeout, self.publisher
@@ -95,8 +95,8 @@ class Proxy:
 
     def _listener_failed(self, listener: Listener, error: Exception) -> None:
         self.metrics.listener_failed()
-        if listener not in self._failed_listeners:
-            self._failed_listeners.add(listener)
+        if id(listener) not in self._failed_listeners:
+            self._failed_listeners.add(id(listener))
             log.error("a listener failed", listener=repr(listener), exc_info=error, error=repr(error))
 
     def _facts(self, exchange: Exchange) -> RequestFacts:

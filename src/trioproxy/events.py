@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from trioproxy import priority
@@ -161,4 +162,5 @@ class Publisher:
                 listener(event)
             except Exception as error:
                 if self._on_failure is not None:
-                    self._on_failure(listener, error)
+                    with suppress(Exception):  # a slot may just have been granted: nothing must get out of here
+                        self._on_failure(listener, error)

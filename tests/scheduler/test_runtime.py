@@ -825,6 +825,7 @@ class Crowd:
             snapshot = self.bench.scheduler.snapshot()
             assert not (snapshot.available_permits and snapshot.queued), "a slot is free and somebody waits"
             assert self.inside == len(snapshot.running)
+            assert list(self.bench.scheduler.violations()) == []
             events = self.bench.events
             asked = {event.request for event in events if isinstance(event, Queued | Started | Ended)}
             ended = [event.request for event in events if isinstance(event, Ended)]
