@@ -72,7 +72,7 @@ class Upstream:
 
     async def call(self) -> Call:
         """The next request that has not been taken yet."""
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             return await self._receiver.receive()
 
     async def behave(self, behaviour: Callable[[Call], Awaitable[object]]) -> None:
@@ -118,7 +118,7 @@ class Upstream:
                 call.gone.set()
 
 
-async def until(condition: Callable[[], object], seconds: float = 5) -> None:
+async def until(condition: Callable[[], object], seconds: float = 20) -> None:
     """Wait until something in the outside world is so; TooSlowError if it does not come about."""
     with trio.fail_after(seconds):
         while not condition():  # noqa: ASYNC110 - nobody tells us
