@@ -50,6 +50,13 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def mutants(session: nox.Session) -> None:
+    """Small faults put in on purpose: says which test catches each, and fails if one survives."""
+    session.install("-e", ".", *group("tests"))
+    session.run("python", "tests/mutants/mutants.py", *session.posargs)
+
+
+@nox.session
 def lowest(session: nox.Session) -> None:
     """The whole test suite with the oldest dependencies that ``pyproject.toml`` allows."""
     oldest = [re.sub(r">=([^,;]+).*", r"==\1", line) for line in PROJECT["project"]["dependencies"]]

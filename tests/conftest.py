@@ -11,6 +11,9 @@ import trio
 from memory import House
 from support import Upstream, running_upstream
 
+FOREVER = 100_000.0
+"""Seconds after which whoever still waits will wait for ever. A clock that jumps is there at once."""
+
 
 @pytest.fixture
 async def upstream() -> AsyncIterator[Upstream]:
@@ -21,7 +24,16 @@ async def upstream() -> AsyncIterator[Upstream]:
 
 @pytest.fixture
 def house(nursery: trio.Nursery) -> Callable[..., House]:
-    """Makes the application on a scripted upstream in memory; sections of the settings as keywords."""
+    """Makes the application on a scripted upstream in memory; sections of the settings as keywords.
+
+    A test that waits for ever on a clock that jumps is failed instead.
+    """
+
+    async def give_up() -> None:
+        await trio.sleep(FOREVER)
+        raise trio.TooSlowError
+
+    nursery.start_soon(give_up)
 
     def build(**settings: dict[str, Any]) -> House:
         return House(nursery, **settings)

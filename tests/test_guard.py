@@ -39,8 +39,8 @@ class SlowStream:
         self.socket = slow
 
 
-def guarded(slow: SlowSocket, write_timeout: float) -> GuardedStream:
-    return GuardedStream(cast(Any, SlowStream(slow)), write_timeout, Activity())
+def guarded(slow: SlowSocket, write_timeout: float, activity: Activity | None = None) -> GuardedStream:
+    return GuardedStream(cast(Any, SlowStream(slow)), write_timeout, activity or Activity())
 
 
 async def test_a_write_without_progress_is_given_up(autojump_clock: MockClock) -> None:
@@ -77,6 +77,41 @@ async def test_a_client_that_leaves_ends_a_write_and_what_is_done_for_it(autojum
     assert left == [5]
     assert trio.current_time() == 5
     stream.unwatch(leave)
+
+
+async def test_a_connections_tasks_end_soon_after_its_client_has_gone(autojump_clock: MockClock) -> None:
+    stream = guarded(SlowSocket(10, 1), 60)
+    with trio.move_on_after(100), stream.scope:
+        await trio.sleep(5)
+        stream.leave()
+        await trio.sleep(0.25)
+        stream.leave()
+        await trio.sleep_forever()
+    assert trio.current_time() == 5.5
+
+
+async def test_it_is_idle_once_the_last_exchange_is_over(autojump_clock: MockClock) -> None:
+    activity = Activity()
+    await activity.wait_idle()
+    streams = [guarded(SlowSocket(10, 1), 60, activity) for _ in range(2)]
+    exchanges = [(streams[0], trio.Event().set), (streams[0], trio.Event().set), (streams[1], trio.Event().set)]
+    for stream, leave in exchanges:
+        stream.watch(leave)
+    over: list[float] = []
+
+    async def end_one_after_another() -> None:
+        for stream, leave in exchanges:
+            await trio.sleep(5)
+            stream.unwatch(leave)
+            over.append(trio.current_time())
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(end_one_after_another)
+        with trio.move_on_after(100):
+            await activity.wait_idle()
+        assert trio.current_time() == 15
+    assert over == [5, 10, 15]
+    assert activity.streams == set()
 
 
 async def test_a_closed_socket_is_a_broken_one() -> None:

@@ -37,7 +37,8 @@ async def test_an_answer_goes_through_unchanged(autojump_clock: MockClock, house
     (ended,) = h.recorder.ended
     assert ended.ending.status is Status.COMPLETED
     assert ended.progress is not None
-    assert (ended.progress.http_status, ended.progress.bytes_out) == (201, 14)
+    assert (ended.progress.http_status, ended.progress.upstream_status, ended.progress.bytes_out) == (201, 201, 14)
+    assert ended.progress.upstream_whole
     h.assert_settled()
     assert h.proxy.upstream.idle == 1
 
@@ -55,6 +56,34 @@ async def test_a_stream_arrives_piece_by_piece(autojump_clock: MockClock, house:
     await call.send(LAST_CHUNK)
     await client.answer.done.wait()
     assert client.answer.whole
+    (ended,) = h.recorder.ended
+    assert ended.progress is not None
+    assert ended.progress.bytes_out == len(client.answer.body) == 18
+    h.assert_settled()
+
+
+async def test_the_slot_is_free_before_the_client_has_taken_the_last_piece(
+    autojump_clock: MockClock, house: Build
+) -> None:
+    h = house(scheduler=ONE_SLOT)
+    slow = h.client()
+    reads_on = trio.Event()
+
+    async def reads() -> None:
+        if slow.answer.status is not None:
+            await reads_on.wait()
+
+    slow.reads = reads
+    h.nursery.start_soon(slow.post)
+    call = await h.upstream.call()
+    second = h.send()
+    await call.answer(b"whole")
+    await (await h.upstream.call()).answer()
+    await second.answer.done.wait()
+    assert slow.answer.body == b""
+    reads_on.set()
+    await slow.answer.done.wait()
+    assert (slow.answer.body, slow.answer.whole) == (b"whole", True)
     h.assert_settled()
 
 
@@ -116,6 +145,7 @@ async def test_own_deadline_while_the_body_arrives(autojump_clock: MockClock, ho
     h = house()
     answer = await h.client().post(body=None, headers=[("X-Request-Timeout", "1"), ("Content-Length", "5")])
     assert (answer.status, answer.code) == (504, "deadline_exceeded")
+    assert trio.current_time() == pytest.approx(1 + 2), "the client may go on sending for a while"
     assert h.recorder.outcomes() == ["timeout"]
     assert h.upstream.calls == []
     h.assert_settled()
@@ -204,6 +234,8 @@ async def test_request_timeout_covers_all_of_the_upstreams_part(
     assert trio.current_time() == pytest.approx(5)
     assert client.answer.status == (200 if streaming else 504)
     assert client.answer.whole is not streaming
+    if not streaming:
+        assert "within 5 s (upstream.request_timeout)" in client.answer.body.decode()
     await call.gone.wait()
     assert h.recorder.outcomes() == ["timeout"]
     h.assert_settled()
@@ -223,13 +255,17 @@ async def test_request_timeout_does_not_count_the_queue(autojump_clock: MockCloc
     assert (first.answer.status, second.answer.status) == (200, 200)
 
 
-async def test_an_upstream_that_takes_no_body_is_given_up(autojump_clock: MockClock, house: Build) -> None:
-    h = house(upstream={"idle_timeout": 6})
+@pytest.mark.parametrize("seconds", [6, 60])
+async def test_an_upstream_that_takes_no_body_is_given_up(
+    autojump_clock: MockClock, house: Build, seconds: int
+) -> None:
+    h = house(upstream={"idle_timeout": seconds})
     h.upstream.new_pair = trio.testing.lockstep_stream_pair
     h.upstream.deaf = True
     answer = await h.client().post()
-    assert trio.current_time() == pytest.approx(6)
+    assert trio.current_time() == pytest.approx(seconds)
     assert (answer.status, answer.code) == (504, "upstream_timeout")
+    assert f"within {seconds} s (upstream.idle_timeout)" in answer.body.decode()
 
 
 async def test_the_queue_is_full(autojump_clock: MockClock, house: Build) -> None:
@@ -287,18 +323,89 @@ async def test_shutting_down(autojump_clock: MockClock, house: Build) -> None:
     assert len(h.recorder.passed_through) == 1
 
 
+async def refuse() -> None:
+    raise httpcore.ConnectError("connection refused, says the test")
+
+
 async def test_an_unreachable_upstream(autojump_clock: MockClock, house: Build) -> None:
     h = house()
-
-    async def refused() -> None:
-        raise httpcore.ConnectError("connection refused, says the test")
-
-    h.upstream.accept = refused
+    h.upstream.accept = refuse
     answer = await h.client().post()
     assert (answer.status, answer.code) == (502, "upstream_unreachable")
     assert "connection refused, says the test" in answer.body.decode()
-    assert h.proxy.probes.ready()[1] == 503
     h.assert_settled()
+
+
+async def test_an_upstream_is_known_to_be_out_for_ten_seconds(autojump_clock: MockClock, house: Build) -> None:
+    h = house()
+    h.proxy.probes.serving = True
+    h.upstream.accept = refuse
+    assert h.proxy.probes.ready()[1] == 200
+    await h.client().post()
+    await trio.sleep(9)
+    assert h.proxy.probes.ready() == ({"status": "not ready", "reason": "the upstream cannot be reached"}, 503)
+    await trio.sleep(2)
+    assert h.proxy.probes.ready()[1] == 200
+
+
+async def test_an_upstream_that_answers_is_not_out_any_more(autojump_clock: MockClock, house: Build) -> None:
+    h = house()
+    h.proxy.probes.serving = True
+    h.upstream.accept = refuse
+    await h.client().post()
+    assert h.proxy.probes.ready()[1] == 503
+    h.upstream.accept = trio.lowlevel.checkpoint
+    client = h.send()
+    await (await h.upstream.call()).answer()
+    await client.answer.done.wait()
+    assert h.proxy.probes.ready()[1] == 200
+
+
+async def test_a_failed_request_tells_how_long_it_has_waited(autojump_clock: MockClock, house: Build) -> None:
+    h = house(scheduler=ONE_SLOT)
+    first = h.send()
+    call = await h.upstream.call()
+    second = h.send()
+    await trio.sleep(2)
+    h.upstream.accept = refuse
+    await call.send(b"nonsense")
+    await call.close()
+    for client in (first, second):
+        await client.answer.done.wait()
+    assert (first.answer.code, second.answer.code) == ("upstream_protocol_error", "upstream_unreachable")
+    assert first.answer.headers["server-timing"] == "queue;dur=0.000"
+    assert second.answer.headers["server-timing"] == "queue;dur=2000.000"
+
+
+async def test_the_connection_that_was_used_last_is_used_next(autojump_clock: MockClock, house: Build) -> None:
+    h = house()
+    clients = [h.send(), h.send()]
+    calls = [await h.upstream.call(), await h.upstream.call()]
+    for call in calls:
+        await call.answer()
+        await trio.testing.wait_all_tasks_blocked()
+    assert h.proxy.upstream.idle == 2
+    clients.append(h.send())
+    call = await h.upstream.call()
+    assert call.stream is calls[1].stream
+    await call.answer()
+    for client in clients:
+        await client.answer.done.wait()
+    h.assert_settled()
+
+
+async def test_an_idle_connection_is_closed_when_it_has_expired(autojump_clock: MockClock, house: Build) -> None:
+    h = house(upstream={"keep_alive_expiry": 30})
+    await h.nursery.start(h.proxy.housekeeping)
+    client = h.send()
+    call = await h.upstream.call()
+    await call.answer()
+    await client.answer.done.wait()
+    await call.gone.wait()
+    assert 30 <= trio.current_time() <= 35
+    await trio.testing.wait_all_tasks_blocked()
+    h.assert_settled()
+    assert h.proxy.upstream.idle == 0
 
 
 @pytest.mark.parametrize(
@@ -350,6 +457,7 @@ async def test_a_broken_answer_never_looks_whole(autojump_clock: MockClock, hous
     assert ended.progress is not None
     assert ended.progress.error is not None
     assert "broke off" in ended.progress.error
+    assert (ended.progress.http_status, ended.progress.upstream_whole) == (200, False)
     await trio.testing.wait_all_tasks_blocked()
     h.assert_settled()
     assert h.proxy.upstream.idle == 0
@@ -403,8 +511,50 @@ async def test_a_client_that_leaves_closes_the_upstream(
         await call.gone.wait()
         await client.answer.done.wait()
     assert h.recorder.outcomes() == (["cancelled"] if "chat" in path else [])
+    assert [event.ending.code for event in h.recorder.passed_through] == ([] if "chat" in path else ["cancelled"])
     await trio.testing.wait_all_tasks_blocked()
     h.assert_settled()
+
+
+async def test_a_client_that_leaves_while_the_last_piece_is_sent_changes_nothing(
+    autojump_clock: MockClock, house: Build
+) -> None:
+    h = house()
+    client = h.client()
+    client.reads = partial(trio.sleep, 1)
+    h.nursery.start_soon(client.post)
+    await (await h.upstream.call()).answer()
+    await trio.sleep(1.5)
+    assert (client.answer.status, client.answer.body) == (200, b"")
+    client.leave()
+    await client.answer.done.wait()
+    assert client.answer.whole
+    assert h.recorder.outcomes() == ["success"]
+    h.assert_settled()
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "http_status"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", "completed", 200),
+        (b"HTTP/1.1 500 X\r\nContent-Length: 0\r\n\r\n", "upstream_refused", 500),
+        (b"nonsense", "upstream_protocol_error", 502),
+        (CHUNKED + chunk(b"x"), "upstream_broke_off", 200),
+    ],
+)
+async def test_how_a_passed_through_request_ended_is_told(
+    autojump_clock: MockClock, house: Build, said: bytes, code: str, http_status: int
+) -> None:
+    h = house()
+    client = h.send(path="/v1/files")
+    call = await h.upstream.call()
+    await call.send(said)
+    await call.close()
+    await client.answer.done.wait()
+    assert client.answer.status == http_status
+    (event,) = h.recorder.passed_through
+    assert (event.ending.code, event.progress.http_status) == (code, http_status)
+    assert h.recorder.ended == []
 
 
 async def test_a_bug_costs_one_request(
@@ -422,6 +572,11 @@ async def test_a_bug_costs_one_request(
     assert (client.answer.status, client.answer.code) == (500, "internal_error")
     assert client.answer.headers["x-should-retry"] == "false"
     assert h.recorder.outcomes() == ["proxy_error"]
+    passed = h.send(path="/v1/files")
+    await (await h.upstream.call()).answer()
+    await passed.answer.done.wait()
+    assert (passed.answer.status, passed.answer.code) == (500, "internal_error")
+    assert [event.ending.code for event in h.recorder.passed_through] == ["internal_error"]
     await trio.testing.wait_all_tasks_blocked()
     h.assert_settled()
 
@@ -480,6 +635,23 @@ async def test_refused_before_scheduling(
     (refused,) = h.recorder.refused
     assert refused.ending.code == code
     assert h.proxy.metrics.registry.get_sample_value("openai_proxy_refused_total", {"code": code}) == 1
+
+
+async def test_an_announced_body_that_is_too_large_is_refused_unread(autojump_clock: MockClock, house: Build) -> None:
+    h = house(server={"max_body_size": 100})
+    answer = await h.client().post(body=None, headers=[("Content-Length", "101")])
+    assert (answer.status, answer.code) == (413, "request_too_large")
+
+
+async def test_an_early_answer_ends_when_the_body_does(autojump_clock: MockClock, house: Build) -> None:
+    h = house(server={"max_body_size": 100})
+    client = h.send(body=None, headers=[("Content-Length", "101")])
+    await trio.sleep(1)
+    assert (client.answer.code, client.answer.whole) == ("request_too_large", False)
+    client.send_body(b"x" * 101, more=False)
+    await client.answer.done.wait()
+    assert client.answer.whole
+    assert trio.current_time() == pytest.approx(1)
 
 
 async def test_a_body_of_exactly_the_limit_is_taken(autojump_clock: MockClock, house: Build) -> None:

@@ -1,0 +1,845 @@
+"""Small faults, put into the proxy on purpose: each must be caught by an ordinary test, or a test is missing.
+
+Run as `nox -s mutants`, or by hand: `python tests/mutants/mutants.py [--jobs 2] [--only TEXT]`. For each mutant the
+package is copied, the one fault put into the copy, and the tests named in the table are run with the copy until the
+first one fails. That a snippet still fits the source is checked with every test run (`test_mutants_table.py`).
+
+A mutant that hangs is killed when its time is up and counts as caught, since a run of the tests would not pass either.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final, NamedTuple
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+PACKAGE: Final = ROOT / "src" / "trioproxy"
+
+SECONDS_MAX: Final = 60.0
+"""How long the tests may take with a mutant; with none they take a few seconds at most."""
+
+CORE: Final = ("scheduler/test_core.py",)
+QUEUE: Final = ("scheduler/test_queue.py",)
+LIMITS: Final = ("scheduler/test_limits.py",)
+RUNTIME: Final = ("scheduler/test_runtime.py",)
+EVENTS: Final = ("test_events.py",)
+METRICS: Final = ("observe/test_metrics.py",)
+RELAY: Final = ("test_relay.py",)
+REQUEST: Final = ("test_request.py",)
+GUARD: Final = ("test_guard.py",)
+
+
+class Mutant(NamedTuple):
+    """One fault."""
+
+    name: str
+    """What it does wrong."""
+    file: str
+    """Where, under `src/trioproxy`."""
+    snippet: str
+    """What stands there, exactly once in the file."""
+    replacement: str
+    tests: tuple[str, ...]
+    """The files under `tests` that are to catch it."""
+
+    def apply(self, source: str) -> str:
+        """The file's source with the fault in it. ValueError if it does not fit any more."""
+        if (count := source.count(self.snippet)) != 1:
+            raise ValueError(f"{self.name!r} is stale: its snippet occurs {count} times in {self.file}, not once")
+        return source.replace(self.snippet, self.replacement)
+
+
+MUTANTS: Final = (
+    # -- What the core decides --
+    Mutant(
+        "capacity off by one: one more is started than there are slots",
+        "scheduler/core.py",
+        "if len(self._running) < self._limit.permits:",
+        "if len(self._running) <= self._limit.permits:",
+        CORE,
+    ),
+    Mutant(
+        "a slot that comes free while a lowered limit drains is given on",
+        "scheduler/core.py",
+        "while self._queue and len(self._running) < self._limit.permits:",
+        "while self._queue and len(self._running) <= self._limit.permits:",
+        CORE,
+    ),
+    Mutant(
+        "the slot is not released when a request finishes",
+        "scheduler/core.py",
+        "= self._running.pop(request)",
+        "= self._running[request]",
+        CORE,
+    ),
+    Mutant(
+        "nobody is started when a request finishes",
+        "scheduler/core.py",
+        "progress=progress), *self._start_waiting(now)]",
+        "progress=progress)]",
+        CORE,
+    ),
+    Mutant(
+        "nobody is started when the limit is raised",
+        "scheduler/core.py",
+        "self._max_queue), *self._start_waiting(now)]",
+        "self._max_queue)]",
+        CORE,
+    ),
+    Mutant(
+        "only one is started when the limit is raised by several",
+        "scheduler/core.py",
+        "while self._queue and len(self._running) < self._limit.permits:",
+        "if self._queue and len(self._running) < self._limit.permits:",
+        CORE,
+    ),
+    Mutant(
+        "one more is queued than there are places",
+        "scheduler/core.py",
+        "if len(self._queue) >= self._max_queue:",
+        "if len(self._queue) > self._max_queue:",
+        CORE,
+    ),
+    Mutant(
+        "a newcomer evicts its equal",
+        "scheduler/core.py",
+        "self._queue.lowest_priority() >= request.priority:",
+        "self._queue.lowest_priority() > request.priority:",
+        CORE,
+    ),
+    Mutant(
+        "max_queue 0 does not mean that there is no queue",
+        "scheduler/core.py",
+        "if not self._max_queue or self._queue",
+        "if self._queue and self._queue",
+        CORE,
+    ),
+    Mutant(
+        "the evicted one's end is not told",
+        "scheduler/core.py",
+        "events += self.leave(self._queue.youngest_of_lowest(), now, EVICTED)",
+        "self.leave(self._queue.youngest_of_lowest(), now, EVICTED)",
+        CORE,
+    ),
+    Mutant(
+        "a newcomer whose deadline is now is taken",
+        "scheduler/core.py",
+        "if request.deadline <= now:",
+        "if request.deadline < now:",
+        CORE,
+    ),
+    Mutant(
+        "who leaves the queue keeps its place",
+        "scheduler/core.py",
+        """since = self._queue.leave(request)
+        return""",
+        """since = dict(self._queue)[request]
+        return""",
+        CORE,
+    ),
+    Mutant(
+        "newcomers are taken while shutting down",
+        "scheduler/core.py",
+        "self._accepting = False",
+        "self._accepting = True",
+        CORE,
+    ),
+    Mutant(
+        "the rate of releases is never measured",
+        "scheduler/core.py",
+        "self._rate.released(now - started_at)",
+        "pass",
+        CORE,
+    ),
+    Mutant(
+        "retry-after does not count the newcomer itself",
+        "scheduler/core.py",
+        "len(self._queue) + 1, self._limit.permits",
+        "len(self._queue), self._limit.permits",
+        CORE,
+    ),
+    # -- The waiting line --
+    Mutant(
+        "tie broken wrongly: last in, first out within a priority",
+        "scheduler/queue.py",
+        "next(iter(self._by_priority[self._occupied.bit_length() - 1]))",
+        "next(reversed(self._by_priority[self._occupied.bit_length() - 1]))",
+        QUEUE,
+    ),
+    Mutant(
+        "eviction picks the oldest",
+        "scheduler/queue.py",
+        "next(reversed(self._by_priority[self.lowest_priority()]))",
+        "next(iter(self._by_priority[self.lowest_priority()]))",
+        QUEUE,
+    ),
+    Mutant(
+        "eviction picks the most urgent",
+        "scheduler/queue.py",
+        "(self._occupied & -self._occupied).bit_length() - 1",
+        "self._occupied.bit_length() - 1",
+        QUEUE,
+    ),
+    Mutant(
+        "an emptied priority still counts as occupied",
+        "scheduler/queue.py",
+        "self._occupied &= ~(1 << request.priority)",
+        "pass",
+        QUEUE,
+    ),
+    # -- Limits and the rate of releases --
+    Mutant(
+        "the first holding times count as little as later ones",
+        "scheduler/limits.py",
+        "weight = max(1 / self._seen, self.WEIGHT)",
+        "weight = self.WEIGHT",
+        LIMITS,
+    ),
+    Mutant(
+        "the rate of releases forgets that there are several slots",
+        "scheduler/limits.py",
+        "return releases * mean / permits",
+        "return releases * mean",
+        LIMITS,
+    ),
+    # -- How trio carries it out --
+    Mutant(
+        "release forgotten when the slot's block is left by an exception",
+        "scheduler/runtime.py",
+        """finally:
+                now =""",
+        """else:
+                now =""",
+        RUNTIME,
+    ),
+    Mutant(
+        "released twice when the slot's block is left by an exception",
+        "scheduler/runtime.py",
+        "slot.ending = _ending_of(error)\n",
+        """slot.ending = _ending_of(error)
+                self._carry_out(self._core.finish(request, trio.current_time(), slot.ending, slot.progress))
+""",
+        RUNTIME,
+    ),
+    Mutant(
+        "a finished request's successor is not woken",
+        "scheduler/runtime.py",
+        "self._carry_out(self._core.finish(request, now,",
+        "list(self._core.finish(request, now,",
+        RUNTIME,
+    ),
+    Mutant(
+        "release forgotten when started and cancelled in the same instant",
+        "scheduler/runtime.py",
+        "self._carry_out(self._core.finish(request, trio.current_time(), errors.CANCELLED, Progress()))",
+        "pass",
+        RUNTIME,
+    ),
+    Mutant(
+        "nobody is woken when started and cancelled in the same instant",
+        "scheduler/runtime.py",
+        "self._carry_out(self._core.finish(request, trio.current_time(), errors.CANCELLED, Progress()))",
+        "self._core.finish(request, trio.current_time(), errors.CANCELLED, Progress())",
+        RUNTIME,
+    ),
+    Mutant(
+        "evicted and cancelled in the same instant leaves the queue twice",
+        "scheduler/runtime.py",
+        "elif waiter.verdict is None:",
+        "else:",
+        RUNTIME,
+    ),
+    Mutant(
+        "a cancelled one stays in the queue",
+        "scheduler/runtime.py",
+        "self._leave(request, errors.CANCELLED)",
+        "pass",
+        RUNTIME,
+    ),
+    Mutant(
+        "expiry leaves its entry in the queue",
+        "scheduler/runtime.py",
+        "self._carry_out(self._core.leave(request, trio.current_time(), ending))",
+        "self._carry_out([Ended(request, trio.current_time(), ending, 0.0, started=False)])",
+        RUNTIME,
+    ),
+    Mutant(
+        "started and timed out in the same instant counts as timed out",
+        "scheduler/runtime.py",
+        """if isinstance(waiter.verdict, Started):
+            return""",
+        """if isinstance(waiter.verdict, Started) and not waiter.scope.cancelled_caught:
+            return""",
+        RUNTIME,
+    ),
+    Mutant(
+        "of several events only the last is told",
+        "scheduler/runtime.py",
+        "            self._publisher.publish(event)\n",
+        "        self._publisher.publish(event)\n",
+        RUNTIME,
+    ),
+    Mutant(
+        "who is started out of the queue is not woken",
+        "scheduler/runtime.py",
+        "self.woken.set()",
+        "pass",
+        RUNTIME,
+    ),
+    Mutant(
+        "who is evicted is not woken",
+        "scheduler/runtime.py",
+        "self.scope.cancel(reason=verdict.ending.code)",
+        "pass",
+        RUNTIME,
+    ),
+    Mutant(
+        "nobody is woken when the limit is raised",
+        "scheduler/runtime.py",
+        "self._carry_out(events)\n",
+        "events.clear()\n",
+        RUNTIME,
+    ),
+    Mutant(
+        "those who have left the queue are remembered for ever",
+        "scheduler/runtime.py",
+        "self._waiters.pop(request, None)",
+        "self._waiters.get(request)",
+        RUNTIME,
+    ),
+    Mutant(
+        "the queue's timeout counts from arrival",
+        "scheduler/runtime.py",
+        "times_out = asked + self._queue_timeout",
+        "times_out = request.arrived + self._queue_timeout",
+        RUNTIME,
+    ),
+    Mutant(
+        "a queued request's own deadline is not armed",
+        "scheduler/runtime.py",
+        "min(times_out, request.deadline)",
+        "times_out",
+        RUNTIME,
+    ),
+    Mutant(
+        "every expiry in the queue is told as the queue's timeout",
+        "scheduler/runtime.py",
+        "errors.DEADLINE_EXCEEDED if request.deadline <= times_out else errors.QUEUE_TIMEOUT",
+        "errors.QUEUE_TIMEOUT",
+        RUNTIME,
+    ),
+    Mutant(
+        "a refused resize changes the number of slots",
+        "scheduler/runtime.py",
+        "self._limit.permits = permits_before",
+        "pass",
+        RUNTIME,
+    ),
+    Mutant(
+        "a cancellation out of a nursery counts as a bug",
+        "scheduler/runtime.py",
+        "errors.CANCELLED if error_beside is None else errors.INTERNAL_ERROR",
+        "errors.INTERNAL_ERROR",
+        RUNTIME,
+    ),
+    Mutant(
+        "a bug beside a cancellation counts as a cancellation",
+        "scheduler/runtime.py",
+        "errors.CANCELLED if error_beside is None else errors.INTERNAL_ERROR",
+        "errors.CANCELLED",
+        RUNTIME,
+    ),
+    # -- What is told, and what is counted --
+    Mutant(
+        "a listener that raises keeps the event from the next ones",
+        "events.py",
+        """self._on_failure(listener, error)
+""",
+        """self._on_failure(listener, error)
+                return
+""",
+        EVENTS,
+    ),
+    Mutant(
+        "a listener's failure that cannot be reported gets out to the scheduler",
+        "events.py",
+        "with suppress(Exception):",
+        "if True:",
+        EVENTS,
+    ),
+    Mutant(
+        "who leaves the queue without a slot is still counted in it",
+        "observe/metrics.py",
+        "elif event.queue_seconds is not None:\n            self._leave_queue(event.request)",
+        "elif event.queue_seconds is not None:",
+        METRICS,
+    ),
+    # -- A request's way through the house --
+    Mutant(
+        "the slot is held until the client has the last piece",
+        "relay.py",
+        """_status(slot.progress.upstream_status)
+        await client.finish(last)""",
+        """_status(slot.progress.upstream_status)
+            await client.finish(last)""",
+        RELAY,
+    ),
+    Mutant(
+        "the client's own deadline is not armed once it has a slot",
+        "relay.py",
+        "trio.CancelScope(deadline=facts.deadline)",
+        "trio.CancelScope()",
+        RELAY,
+    ),
+    Mutant(
+        "every whole answer of the upstream counts as a success",
+        "relay.py",
+        "slot.ending = errors.of_upstream_status(slot.progress.upstream_status)",
+        "slot.ending = errors.COMPLETED",
+        RELAY,
+    ),
+    Mutant(
+        "a broken answer is ended as if it were whole",
+        "relay.py",
+        "client.abort()\n            return",
+        "await client.finish()\n            return",
+        RELAY,
+    ),
+    Mutant(
+        "our own error is sent behind the head of a broken answer",
+        "relay.py",
+        "client.abort()\n            return",
+        "client.abort()",
+        RELAY,
+    ),
+    Mutant(
+        "pass-through goes on while shutting down",
+        "relay.py",
+        "if self._scheduler.closed:",
+        "if False:",
+        RELAY,
+    ),
+    Mutant(
+        "the end of a passed-through request is not told",
+        "relay.py",
+        "self._publisher.publish(PassedThrough(self._facts, trio.current_time(), ending, progress))",
+        "pass",
+        RELAY,
+    ),
+    Mutant(
+        "a passed-through request's failure counts as a cancellation",
+        "relay.py",
+        "ending = error.ending\n            raise",
+        "raise",
+        RELAY,
+    ),
+    Mutant(
+        "a failed request does not tell how long it waited",
+        "relay.py",
+        "error.queue_seconds = queue_seconds",
+        "pass",
+        RELAY,
+    ),
+    Mutant(
+        "a failure behind the head changes the status that is told",
+        "relay.py",
+        "if not client.started:\n            progress.http_status",
+        "if True:\n            progress.http_status",
+        RELAY,
+    ),
+    Mutant(
+        "only the last piece's bytes are counted",
+        "relay.py",
+        "progress.bytes_out += len(piece)",
+        "progress.bytes_out = len(piece)",
+        RELAY,
+    ),
+    Mutant(
+        "a bug's request gets no answer",
+        "relay.py",
+        "await self._refuse(client, ProxyError(errors.INTERNAL_ERROR, request_id=self._facts.request_id))",
+        "pass",
+        RELAY,
+    ),
+    # -- Calls to the upstream --
+    Mutant(
+        "a connection is put back though the answer was not read to its end",
+        "upstream.py",
+        "if response is not None and response.whole:\n                await",
+        "if response is not None:\n                await",
+        RELAY,
+    ),
+    Mutant(
+        "a connection is not closed though the answer was not read to its end",
+        "upstream.py",
+        "await connection.aclose()\n            if",
+        "if",
+        RELAY,
+    ),
+    Mutant(
+        "connecting may take as long as it likes",
+        "upstream.py",
+        'phases.enter("upstream.connect_timeout", self._settings.connect_timeout)',
+        "pass",
+        RELAY,
+    ),
+    Mutant(
+        "a connect timeout counts as a slow answer",
+        "upstream.py",
+        'if setting == "upstream.connect_timeout":',
+        'if setting == "connect_timeout":',
+        RELAY,
+    ),
+    Mutant(
+        "sending a request counts as connecting",
+        "upstream.py",
+        """self.sent_at = trio.current_time()
+            self.leave()""",
+        """self.sent_at = trio.current_time()""",
+        RELAY,
+    ),
+    Mutant(
+        "the first byte's timeout is not armed",
+        "upstream.py",
+        'phases.enter("upstream.first_byte_timeout", self._settings.first_byte_timeout)',
+        "pass",
+        RELAY,
+    ),
+    Mutant(
+        "the idle timeout is not armed",
+        "upstream.py",
+        'self._phases.enter("upstream.idle_timeout", self._idle_timeout)',
+        "pass",
+        RELAY,
+    ),
+    Mutant(
+        "the idle timeout counts the time that the client takes",
+        "upstream.py",
+        "finally:\n            self._phases.leave()",
+        "finally:\n            pass",
+        RELAY,
+    ),
+    Mutant(
+        "each phase begins the request's timeout anew",
+        "upstream.py",
+        "self.scope.deadline = min(trio.current_time() + limit, self._ends)",
+        "self.scope.deadline = trio.current_time() + limit",
+        RELAY,
+    ),
+    Mutant(
+        "the message of a timeout names the phase, not the setting that was exceeded",
+        "upstream.py",
+        'setting, limit = "upstream.request_timeout", self._request_timeout',
+        "setting, limit = self._setting, self._limit",
+        RELAY,
+    ),
+    Mutant(
+        "the upstream counts as out for ever",
+        "upstream.py",
+        "trio.current_time() - self._unreachable_at < KNOWN_OUT_SECONDS",
+        "self._unreachable_at > -math.inf",
+        RELAY,
+    ),
+    Mutant(
+        "the upstream counts as out though it answers again",
+        "upstream.py",
+        "phases.leave()\n                self._unreachable_at = -math.inf",
+        "phases.leave()",
+        RELAY,
+    ),
+    Mutant(
+        "the connection that has been idle for longest is taken",
+        "upstream.py",
+        "self._idle.pop()[0]",
+        "self._idle.popleft()[0]",
+        RELAY,
+    ),
+    Mutant(
+        "expired connections stay open",
+        "upstream.py",
+        "while self._idle and self._idle[0][1] < oldest:",
+        "while False:",
+        RELAY,
+    ),
+    Mutant(
+        "it is not told that the upstream's answer is whole",
+        "upstream.py",
+        "progress.upstream_whole = response is not None and response.whole",
+        "pass",
+        RELAY,
+    ),
+    # -- The exchange with the client --
+    Mutant(
+        "a disconnect is ignored",
+        "connection.py",
+        "self._leave()\n            await",
+        "await",
+        RELAY,
+    ),
+    Mutant(
+        "a disconnect is noticed only while the client's body is read",
+        "connection.py",
+        "nursery.start_soon(exchange.incoming.swallow)",
+        "pass",
+        RELAY,
+    ),
+    Mutant(
+        "cut off although its last piece is being sent",
+        "connection.py",
+        "if not self._finishing:",
+        "if True:",
+        RELAY,
+    ),
+    Mutant(
+        "an early answer does not wait for the rest of the body",
+        "connection.py",
+        "await self.incoming.complete.wait()",
+        "pass",
+        RELAY,
+    ),
+    Mutant(
+        "an early answer waits for the rest of the body for ever",
+        "connection.py",
+        "with trio.move_on_after(DRAIN_SECONDS):",
+        "if True:",
+        RELAY,
+    ),
+    Mutant(
+        "a body of exactly the limit is too large",
+        "connection.py",
+        "if size > limit:",
+        "if size >= limit:",
+        RELAY,
+    ),
+    Mutant(
+        "a body is refused only once it has been read",
+        "connection.py",
+        "self.head.content_length > limit:",
+        "self.head.content_length < 0:",
+        RELAY,
+    ),
+    # -- What the request says --
+    Mutant(
+        "priority parsed by header only",
+        "request.py",
+        "next(iter(by_header or by_body), default)",
+        "next(iter(by_header), default)",
+        REQUEST,
+    ),
+    Mutant(
+        "the body's priority goes before the header's",
+        "request.py",
+        "iter(by_header or by_body)",
+        "iter(by_body or by_header)",
+        REQUEST,
+    ),
+    Mutant(
+        "the default priority is ignored",
+        "request.py",
+        "iter(by_header or by_body), default)",
+        "iter(by_header or by_body), 50)",
+        REQUEST,
+    ),
+    Mutant(
+        "our own header fields are forwarded",
+        "request.py",
+        "dropped = OURS | _SET_ANEW",
+        "dropped = _SET_ANEW",
+        REQUEST,
+    ),
+    Mutant(
+        "the body's priority is not cut out",
+        "body.py",
+        '"".join([*kept, text[kept_to:]]).encode() if priorities else body,',
+        "body,",
+        RELAY,
+    ),
+    # -- The stream below a connection --
+    Mutant(
+        "the write timeout is not reset on progress",
+        "server.py",
+        """while rest:
+                self._sending.deadline = trio.current_time() + self._write_timeout""",
+        """self._sending.deadline = trio.current_time() + self._write_timeout
+            while rest:""",
+        GUARD,
+    ),
+    Mutant(
+        "the write timeout is not armed",
+        "server.py",
+        "self._sending.deadline = trio.current_time() + self._write_timeout",
+        "pass",
+        GUARD,
+    ),
+    Mutant(
+        "the socket stays open when a write is given up",
+        "server.py",
+        "if self._sending.cancelled_caught:\n            self.abort()",
+        "if self._sending.cancelled_caught:",
+        GUARD,
+    ),
+    Mutant(
+        "what a partial write has left is dropped",
+        "server.py",
+        "rest = rest[sent:]",
+        "break",
+        GUARD,
+    ),
+    Mutant(
+        "a write goes on though the client has gone",
+        "server.py",
+        'self._sending.cancel(reason="the client has gone")',
+        "pass",
+        GUARD,
+    ),
+    Mutant(
+        "a connection's tasks go on though its client has gone",
+        "server.py",
+        "self.scope.deadline = min(self.scope.deadline, trio.current_time() + CLOSING_SECONDS)",
+        "pass",
+        GUARD,
+    ),
+    Mutant(
+        "the shutdown does not wait for what is going on",
+        "server.py",
+        "self._count += 1",
+        "pass",
+        GUARD,
+    ),
+    Mutant(
+        "the shutdown waits though nothing is going on any more",
+        "server.py",
+        "self._count -= 1",
+        "pass",
+        GUARD,
+    ),
+)
+
+
+class Run(NamedTuple):
+    """What became of one run of tests."""
+
+    caught_by: str
+    """The first test that failed, or that time was up; empty if all of them passed."""
+    seconds: float
+
+
+RUN_TESTS: Final = """
+import sys
+
+import pytest
+
+import trioproxy
+
+if trioproxy.__file__ != sys.argv[1]:
+    sys.exit(f"This is not the copy: {trioproxy.__file__}")
+sys.exit(pytest.main(sys.argv[2:]))
+"""
+"""Makes sure that the copy is what is tested, and does what `python -m pytest` does."""
+
+
+def run_tests(source: Path, tests: Iterable[str]) -> Run:
+    """Run tests with the package in `source` until the first one fails. RuntimeError if they cannot be run."""
+    command = [sys.executable, "-c", RUN_TESTS, str(source / "trioproxy" / "__init__.py")]
+    command += ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
+    command += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
+    command += [str(ROOT / "tests" / test) for test in tests]
+    began = time.monotonic()
+    try:
+        # Not in the project's own folder: hypothesis would keep there what only a mutant fails on.
+        process = subprocess.run(
+            command,
+            cwd=source,
+            env=os.environ | {"PYTHONPATH": str(source)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=SECONDS_MAX,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return Run(f"the time limit: killed after {SECONDS_MAX:g} s", time.monotonic() - began)
+    failed = re.search(r"^(?:FAILED|ERROR) \S+?::(.+?)( - |$)", process.stdout, re.MULTILINE)
+    if process.returncode not in (0, 1) or (failed is None) != (process.returncode == 0):
+        raise RuntimeError(f"the tests cannot be run:\n{process.stdout}")
+    return Run(failed[1][:80] if failed else "", time.monotonic() - began)
+
+
+def run_mutant(mutant: Mutant | None, tests: Iterable[str]) -> Run:
+    """Copy the package, put the fault into the copy, run the tests with it; None: the copy alone."""
+    with tempfile.TemporaryDirectory(prefix="trioproxy-mutant-") as folder:
+        source = Path(folder).resolve()
+        shutil.copytree(PACKAGE, source / "trioproxy", ignore=shutil.ignore_patterns("__pycache__"))
+        if mutant is not None:
+            path = source / "trioproxy" / mutant.file
+            path.write_text(mutant.apply(path.read_text("utf-8")), "utf-8")
+        return run_tests(source, tests)
+
+
+def find_stale(mutants: Iterable[Mutant]) -> list[str]:
+    """What is wrong with those mutants that do not fit the source any more."""
+    stale = []
+    for mutant in mutants:
+        try:
+            mutant.apply((PACKAGE / mutant.file).read_text("utf-8"))
+        except ValueError as error:
+            stale.append(str(error))
+    return stale
+
+
+def write(line: str) -> None:
+    """Print a line at once."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def run_all(mutants: Sequence[Mutant], jobs: int) -> int:
+    """Run every mutant and print the table; returns how many were caught."""
+    columns = [max(len(mutant[column]) for mutant in mutants) for column in (0, 1)]
+    write(f"{'mutant':{columns[0]}}  {'file':{columns[1]}}  seconds  caught by")
+    caught = 0
+    with ThreadPoolExecutor(jobs) as pool:
+        runs = pool.map(lambda mutant: run_mutant(mutant, mutant.tests), mutants)
+        for mutant, run in zip(mutants, runs, strict=True):
+            caught += bool(run.caught_by)
+            verdict = run.caught_by or "SURVIVED: a test is missing"
+            write(f"{mutant.name:{columns[0]}}  {mutant.file:{columns[1]}}  {run.seconds:7.1f}  {verdict}")
+    return caught
+
+
+def main() -> int:
+    """Returns the exit status: 0 if every mutant was caught."""
+    parser = argparse.ArgumentParser(description="Put small faults into the proxy: does a test catch each of them?")
+    parser.add_argument("--jobs", type=int, choices=(1, 2), default=1, help="how many mutants to run at a time")
+    parser.add_argument("--only", metavar="TEXT", default="", help="those whose name or file has this in it")
+    arguments = parser.parse_args()
+    mutants = [mutant for mutant in MUTANTS if arguments.only in f"{mutant.name} {mutant.file}"]
+    if not mutants:
+        parser.error(f"no mutant has {arguments.only!r} in its name or file")
+    if stale := find_stale(mutants):
+        write("\n".join(stale))
+        return 1
+    unmutated = run_mutant(None, sorted({test for mutant in mutants for test in mutant.tests}))
+    if unmutated.caught_by:
+        write(f"The tests do not pass without a mutant: {unmutated.caught_by}")
+        return 1
+    write(f"Without a mutant the tests pass, in {unmutated.seconds:.1f} s.\n")
+    began = time.monotonic()
+    caught = run_all(mutants, arguments.jobs)
+    write(f"\n{caught} of {len(mutants)} mutants caught, in {time.monotonic() - began:.0f} s.")
+    return 0 if caught == len(mutants) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
