@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from trioproxy import request
 from trioproxy.errors import Ending, ProxyError
@@ -52,7 +52,7 @@ MESSAGE_FACTS: dict[str, dict[str, object]] = {
     "upstream_broke_off": {"reason": "it closed the connection"},
     "invalid_priority": {"where": "The header X-Priority", "value": "'urgent'", "accepted": "an integer"},
     "invalid_request": {"reason": "The path has dot segments."},
-    "not_found": {"path": "/v2/models"},
+    "not_found": {"method": "GET", "path": "/v2/models"},
     "request_too_large": {"limit": 67108864},
     "internal_error": {"request_id": "req_1234"},
     "upstream_unreachable": {"upstream": "https://api.example", "reason": "connection refused"},
@@ -81,7 +81,7 @@ def happened(
         param=param,
         queue_seconds=queue_seconds,
         retry_after=retry_after,
-        **(MESSAGE_FACTS.get(ending.code, {}) | told),
+        **cast(dict[str, Any], MESSAGE_FACTS.get(ending.code, {}) | told),
     )
 
 

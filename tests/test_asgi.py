@@ -41,6 +41,11 @@ async def test_a_second_worker_refuses_to_start() -> None:
     assert "--workers 1" in output
 
 
+async def test_a_server_that_does_not_run_on_trio_is_refused() -> None:
+    _, output = await run("-m", "hypercorn", "trioproxy.asgi:app", "--bind", f"127.0.0.1:{free_port()}")
+    assert "--worker-class trio" in output
+
+
 async def test_two_masters_do_not_get_in_each_others_way() -> None:
     async with (
         running(*HYPERCORN, f"127.0.0.1:{free_port()}") as one,

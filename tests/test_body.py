@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trioproxy.body import Reading, TooDeepError, read
+from trioproxy.body import MODEL_LENGTH_MAX, Reading, TooDeepError, read
 
 # ---------------------------------------------------------------------------------------------------------------------
 # JSON objects as text, in all the ways in which JSON can be written
@@ -356,3 +356,22 @@ def test_a_big_body_works(template: str) -> None:
 def test_many_priorities_take_no_quadratic_time() -> None:
     body = b'{"a":1,' + b",".join([b'"priority":5'] * 100_000) + b"}"
     assert read(body) == Reading(b'{"a":1}', priorities=("5",) * 100_000)
+
+
+@pytest.mark.parametrize("member", ['"priority": 7', '"priority":"high"'])
+@pytest.mark.parametrize(
+    "filling", ["[1, 2, 3]", '{"priority": 7}', '"\\"priority\\": 7,"', '[{"priority":"high"}, 1]']
+)
+def test_the_quick_way_takes_out_the_right_one(member: str, filling: str) -> None:
+    """A nested or quoted look-alike before, behind and on both sides of the field."""
+    for head, tail in ((f'"a": {filling}', ""), ("", f'"b": {filling}'), (f'"a": {filling}', f'"b": {filling}')):
+        members = [part for part in (head, member, tail) if part]
+        rest = [part for part in (head, tail) if part]
+        body = ("{" + ", ".join(members) + "}").encode()
+        reading = read(body)
+        assert reading.forwarded == ("{" + ", ".join(rest) + "}").encode()
+        assert len(reading.priorities) == 1
+
+
+def test_a_models_name_is_kept_only_so_far() -> None:
+    assert read(b'{"model": "' + b"m" * 5000 + b'"}').model == "m" * MODEL_LENGTH_MAX

@@ -59,6 +59,19 @@ async def test_a_write_with_progress_may_take_long(autojump_clock: MockClock) ->
     assert not slow.closed
 
 
+async def test_a_write_does_not_go_on_beyond_the_exchanges_deadline(autojump_clock: MockClock) -> None:
+    slow = SlowSocket(10, 4)
+    stream = guarded(slow, 60)
+    stream.watch(print)
+    stream.limit_writes(30)
+    with trio.CancelScope(shield=True), pytest.raises(trio.BrokenResourceError):
+        await stream.send_all(b"x" * 1000)
+    assert trio.current_time() == 30
+    stream.unwatch(print)
+    stream.watch(print)
+    await stream.send_all(b"x" * 10)
+
+
 async def test_a_client_that_leaves_ends_a_write_and_what_is_done_for_it(autojump_clock: MockClock) -> None:
     slow = SlowSocket(10, 1000)
     stream = guarded(slow, 60)

@@ -310,6 +310,41 @@ async def test_to_http_1_0_a_broken_answer_ends_with_a_reset(upstream: Upstream)
                 assert await stream.receive_some() != b""
 
 
+@pytest.mark.parametrize("way", ["the end of the grace", "the write timeout"])
+async def test_to_http_1_0_being_cut_off_is_a_reset_too(upstream: Upstream, way: str) -> None:
+    settings: dict[str, dict[str, Any]] = {"server": {"shutdown_grace": 0.2, "client_write_timeout": 0.4}}
+    async with running_proxy(upstream.url, **settings) as proxy:
+        stream = await proxy.connect()
+        await stream.send_all(b"POST /v1/embeddings HTTP/1.0\r\nContent-Length: 0\r\n\r\n")
+        call = await upstream.call()
+        await call.send(CHUNKED + chunk(b"part of it"))
+        if way == "the write timeout":
+            await pump(call)
+        else:
+            proxy.server.shut_down()
+        await until(lambda: proxy.recorder.ended)
+
+        async def read_on() -> None:
+            while await stream.receive_some() != b"":
+                pass
+
+        with trio.fail_after(5), pytest.raises(trio.BrokenResourceError):
+            await read_on()
+
+
+async def test_a_deadline_ends_a_write_to_a_client_that_does_not_read(upstream: Upstream) -> None:
+    async with running_proxy(upstream.url) as proxy:
+        stream = await proxy.connect()
+        await stream.send_all(post(b"{}", "X-Request-Timeout: 0.5"))
+        call = await upstream.call()
+        with trio.fail_after(5):
+            await pump(call)
+        await proxy.settled()
+        (ended,) = proxy.recorder.ended
+        assert ended.ending.code == "deadline_exceeded"
+        assert ended.total_seconds < 2
+
+
 async def test_connection_close_is_honoured_and_keep_alive_works(upstream: Upstream) -> None:
     async with running_proxy(upstream.url, server={"keep_alive_timeout": 0.3}) as proxy:
         stream = await proxy.connect()
@@ -413,6 +448,40 @@ async def test_answers_without_a_body(upstream: Upstream) -> None:
         assert upstream.connections == 1
 
 
+async def test_both_framings_from_the_upstream_become_one(upstream: Upstream) -> None:
+    async with running_proxy(upstream.url) as proxy, trio.open_nursery() as nursery:
+        answers: list[httpx.Response] = []
+
+        async def send() -> None:
+            answers.append(await proxy.client.post(CHAT))
+
+        nursery.start_soon(send)
+        framing = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n"
+        await (await upstream.call()).send(framing + chunk(b"whole") + LAST_CHUNK)
+        await until(lambda: answers)
+        assert answers[0].content == b"whole"
+
+
+@pytest.mark.parametrize(
+    ("request_line", "fields"),
+    [
+        (b"POST /v1/chat/completions#x HTTP/1.1", b""),
+        (b"CONNECT /v1/models HTTP/1.1", b""),
+        (b"POST /v1/chat/completions HTTP/1.1", b"Content-Length: 0\r\nTransfer-Encoding: chunked\r\n"),
+    ],
+)
+async def test_what_can_be_read_in_two_ways_is_refused(upstream: Upstream, request_line: bytes, fields: bytes) -> None:
+    async with running_proxy(upstream.url) as proxy:
+        stream = await proxy.connect()
+        await stream.send_all(request_line + b"\r\nHost: x\r\n" + fields + b"\r\n")
+        with trio.fail_after(5):
+            status, body = await read_answer(stream)
+            assert (status, json.loads(body)["error"]["code"]) == (400, "invalid_request")
+            if fields:
+                assert await read_until_closed(stream) == b""
+        assert upstream.calls == []
+
+
 async def test_headers_go_through_both_ways_but_for_those_of_the_connection(upstream: Upstream) -> None:
     async with running_proxy(upstream.url) as proxy:
         stream = await proxy.connect()
@@ -436,7 +505,9 @@ async def test_headers_go_through_both_ways_but_for_those_of_the_connection(upst
         await stream.aclose()
 
 
-async def test_one_connections_failure_does_not_end_the_process(upstream: Upstream) -> None:
+async def test_one_connections_failure_does_not_end_the_process(
+    upstream: Upstream, capfd: pytest.CaptureFixture[str]
+) -> None:
     async with running_proxy(upstream.url) as proxy:
         stream = await proxy.connect()
         await stream.send_all(
@@ -444,7 +515,8 @@ async def test_one_connections_failure_does_not_end_the_process(upstream: Upstre
             b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
         )
         with trio.fail_after(2):
-            assert (await stream.receive_some()).startswith(b"HTTP/1.1 4")
+            assert (await stream.receive_some()).startswith(b"HTTP/1.1 404")
+        assert "Exception" not in capfd.readouterr().err
         await stream.send_all(b"\x81\x85\x00\x00\x00\x00hello")
         await trio.sleep(0.1)
         await stream.aclose()

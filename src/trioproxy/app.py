@@ -11,9 +11,11 @@ from typing import Final, cast
 
 import structlog
 import trio
+from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, Scope
 from quart import has_request_context, websocket
 from quart import request as quart_request
 from quart.wrappers import Response
+from quart.wrappers.base import BaseRequestWebsocket
 from quart_trio import QuartTrio
 from werkzeug.datastructures import Headers
 from werkzeug.exceptions import HTTPException, InternalServerError
@@ -67,6 +69,8 @@ class Proxy:
             if self.routes.is_scheduled(head.method, head.rest):
                 relay = await self._scheduled(exchange)
             else:
+                if head.http_version == "2" and head.content_length is None:
+                    await exchange.learn_of_body()
                 relay = self._relay(exchange, self._facts(exchange), None)
         except ProxyError as error:
             return self.refuse(exchange, error)
@@ -123,6 +127,7 @@ class Proxy:
         """Read the body and what it says. A body that is not there before the deadline stays unread: the scheduler
         refuses the request then."""
         head = exchange.head
+        request.read_header_priority(head)  # wrong ones need not wait for the body
         timeout = request.read_timeout(head)
         deadline = exchange.arrived + timeout if timeout is not None else float("inf")
         content = b""
@@ -160,11 +165,23 @@ class ProxyApp(QuartTrio):
     request_class = Request
     proxy: Proxy
 
-    def create_url_adapter(self, request: object) -> MapAdapter | None:
+    def create_url_adapter(self, request: BaseRequestWebsocket | None) -> MapAdapter | None:
         """Routes are found by the path alone, as it was sent: no host name and no query has a say."""
-        if not isinstance(request, Request):
+        if request is None:
             return super().create_url_adapter(None)
-        return self.url_map.bind("", path_info=request.path, default_method=request.method, query_args="")
+        return self.url_map.bind(
+            "", path_info=request.path, default_method=request.method, url_scheme=request.scheme, query_args=""
+        )
+
+    async def asgi_app(self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+        """Refuse to start under a server that does not run on trio; everything else is Quart's."""
+        if scope["type"] == "lifespan" and not trio.lowlevel.in_trio_run():
+            await receive()
+            message = "trioproxy needs a server that runs on trio: start Hypercorn with --worker-class trio"
+            log.error("the server cannot be used", error=message)
+            await send({"type": "lifespan.startup.failed", "message": message})
+            return
+        await super().asgi_app(scope, receive, send)
 
 
 def create_app(
@@ -218,14 +235,14 @@ def _register_handlers(app: ProxyApp, proxy: Proxy) -> None:
     async def http_error(error: HTTPException) -> Response:
         if not has_request_context():
             path, request_id = websocket.path, request.new_request_id()
-            return _response(ProxyError(errors.NOT_FOUND, path=path), request_id)
+            return _response(ProxyError(errors.NOT_FOUND, method="GET", path=path), request_id)
         exchange = current_exchange()
         if isinstance(error, InternalServerError):
             request_id = exchange.head.request_id
             log.error("internal error", request_id=request_id, exc_info=error.original_exception, error=repr(error))
             return _response(ProxyError(errors.INTERNAL_ERROR, request_id=request_id), request_id)
         path = exchange.head.path.decode("latin-1")
-        return proxy.refuse(exchange, ProxyError(errors.NOT_FOUND, path=path))
+        return proxy.refuse(exchange, ProxyError(errors.NOT_FOUND, method=exchange.head.method, path=path))
 
 
 def _register_lifespan(app: ProxyApp, proxy: Proxy) -> None:
@@ -236,7 +253,10 @@ def _register_lifespan(app: ProxyApp, proxy: Proxy) -> None:
         nonlocal housekeeping
         housekeeping = await app.nursery.start(proxy.housekeeping)
         proxy.probes.serving = True
-        log.info("started", version=__version__, upstream=proxy.settings.upstream.base_url)
+        url = proxy.settings.upstream.base_url
+        log.info("started", version=__version__, upstream=url, forward_proxy=proxy.upstream.forward_proxy)
+        if not proxy.upstream.has_path:
+            log.warning("upstream.base_url has no path: most APIs are at /v1", upstream=url)
 
     @app.after_serving
     async def end() -> None:

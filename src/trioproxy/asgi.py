@@ -6,15 +6,16 @@ README says which.
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import multiprocessing
+import os
 import sys
 import tempfile
 from pathlib import Path
 from typing import IO
 
 import structlog
-import trio
 
 from trioproxy import config
 from trioproxy.app import ProxyApp, create_app
@@ -26,8 +27,11 @@ def _only_worker() -> IO[str] | None:
     master = multiprocessing.parent_process()
     if master is None:
         return None
-    lock = (Path(tempfile.gettempdir()) / f"trioproxy-workers-of-{master.pid}.lock").open("w")
+    path = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"trioproxy-of-{master.pid}.lock"
+    # The folder may be everybody's: follow no link that somebody has put there.
+    lock = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "w")
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    atexit.register(path.unlink, missing_ok=True)
     return lock
 
 
@@ -54,7 +58,6 @@ def _create() -> ProxyApp:
         @application.after_serving
         async def end() -> None:
             if lock is not None:
-                await trio.Path(lock.name).unlink(missing_ok=True)
                 lock.close()
             writer.close()
 

@@ -6,6 +6,7 @@ Knows nothing of HTTP. Bodies are never re-serialised: what is not cut out stays
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Final
 
@@ -13,6 +14,11 @@ import msgspec
 
 PRIORITY_KEY: Final = "priority"
 _BLANKS: Final = " \t\r\n"
+_BLANK_RUN: Final = re.compile(r"[ \t\r\n]*")
+_CANDIDATES_MAX: Final = 16
+
+MODEL_LENGTH_MAX: Final = 200
+"""Characters of a model's name that are kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +62,41 @@ def read(body: bytes) -> Reading:
         fields = _FIELDS.decode(body)
     except (msgspec.DecodeError, RecursionError):
         return _read_thoroughly(body, text)  # it is stricter than those who write JSON
-    if fields.priority is not msgspec.UNSET:
+    if fields.priority is msgspec.UNSET:
+        return _reading(body, fields.model, fields.stream)
+    value = bytes(fields.priority)
+    if (forwarded := _cut_out_once(body, value)) is None:
         return _read_thoroughly(body, text)
+    return _reading(forwarded, fields.model, fields.stream, (value.decode(),))
+
+
+def _reading(forwarded: bytes, model: object, stream: object, priorities: tuple[str, ...] = ()) -> Reading:
     return Reading(
-        body,
-        fields.model if isinstance(fields.model, str) else None,
-        fields.stream if isinstance(fields.stream, bool) else None,
+        forwarded,
+        model[:MODEL_LENGTH_MAX] if type(model) is str else None,
+        stream if isinstance(stream, bool) else None,
+        priorities,
     )
+
+
+def _cut_out_once(body: bytes, value: bytes) -> bytes | None:
+    """Cut out the only top-level field `priority`, plainly written with this value; None if it is not that simple.
+
+    Each place that looks like it is tried. The right one is where, once it is cut out, a JSON object without a
+    priority is left: nothing else can be.
+    """
+    member = rb'"priority"[ \t\r\n]*:[ \t\r\n]*' + re.escape(value)
+    looks_like_it = re.compile(member + rb"[ \t\r\n]*,[ \t\r\n]*|[ \t\r\n]*,[ \t\r\n]*" + member + rb"|" + member)
+    for count, found in enumerate(looks_like_it.finditer(body)):
+        if count == _CANDIDATES_MAX:
+            break
+        rest = body[: found.start()] + body[found.end() :]
+        try:
+            if _FIELDS.decode(rest).priority is msgspec.UNSET:
+                return rest
+        except (msgspec.DecodeError, RecursionError):
+            pass
+    return None
 
 
 def _read_thoroughly(body: bytes, text: str) -> Reading:
@@ -76,23 +110,18 @@ def _read_thoroughly(body: bytes, text: str) -> Reading:
     return Reading(body)
 
 
-class _Number(str):
-    """A number as it was written: nothing is lost of it, and a long one costs nothing."""
-
-    __slots__ = ()
-
-
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
-_SCANNER: Final = json.JSONDecoder(parse_int=_Number, parse_float=_Number, parse_constant=_refuse)
+# The value of a number does not matter, and reading a long one would take long: its length will do.
+_SCANNER: Final = json.JSONDecoder(parse_int=len, parse_float=len, parse_constant=_refuse)
 
 
 def _skip_blanks(text: str, at: int) -> int:
-    while text[at] in _BLANKS:
-        at += 1
-    return at
+    match = _BLANK_RUN.match(text, at)
+    assert match is not None
+    return match.end()
 
 
 def _expect(text: str, at: int, wanted: str) -> int:
@@ -118,7 +147,8 @@ def _walk(body: bytes, text: str) -> Reading:
         value, value_to = _SCANNER.raw_decode(text, value_from)
         if type(key) is not str:
             raise ValueError(f"{key!r} is not a key")
-        values[key] = value
+        if key in ("model", "stream"):
+            values[key] = value
         at = _skip_blanks(text, value_to)
         is_last = text[at] == "}"
         if key == PRIORITY_KEY:
@@ -133,13 +163,8 @@ def _walk(body: bytes, text: str) -> Reading:
                 raise ValueError("a comma before the end")
     if text[at + 1 :].strip(_BLANKS):
         raise ValueError("something behind the object")
-    model, stream = values.get("model"), values.get("stream")
-    return Reading(
-        "".join([*kept, text[kept_to:]]).encode() if priorities else body,
-        model if type(model) is str else None,
-        stream if isinstance(stream, bool) else None,
-        tuple(priorities),
-    )
+    forwarded = "".join([*kept, text[kept_to:]]).encode() if priorities else body
+    return _reading(forwarded, values.get("model"), values.get("stream"), tuple(priorities))
 
 
 def _without_trailing_comma(members: str) -> str:

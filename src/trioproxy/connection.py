@@ -6,7 +6,9 @@ task that owns `receive` and `send`. This module knows nothing of scheduling or 
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import Final, Protocol, cast
 
 import trio
@@ -40,8 +42,16 @@ class Guard(Protocol):
         """The exchange is over."""
         ...
 
+    def limit_writes(self, until: float) -> None:
+        """No write of this exchange goes on beyond that time."""
+        ...
+
     def reset_on_close(self) -> None:
         """Close the connection with a reset, so that an end that is told by closing alone does not look clean."""
+        ...
+
+    def abort(self) -> None:
+        """Close the connection now."""
         ...
 
 
@@ -55,11 +65,21 @@ class Incoming:
         """The last piece has arrived."""
         self.abandoned = trio.Event()
         """Nobody is going to take another piece."""
+        self._peeked = b""
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         return self
 
+    async def is_empty(self) -> bool:
+        """Whether there is no body, which HTTP/2 does not announce: known once something has come."""
+        while not self._peeked and not self.complete.is_set():
+            self._peeked = await self._next()
+        return not self._peeked
+
     async def __anext__(self) -> bytes:
+        if self._peeked:
+            piece, self._peeked = self._peeked, b""
+            return piece
         while not self.complete.is_set():
             if piece := await self._next():
                 return piece
@@ -87,13 +107,14 @@ class Exchange:
 
     def __init__(self, scope: HTTPScope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
         self.arrived: Final = trio.current_time()
-        self.head: Final = request.read_head(cast(request.Scope, scope))
+        self.head = request.read_head(cast(request.Scope, scope))
         self.incoming: Final = Incoming(receive, self.leave)
         self.cancel_scope: Final = trio.CancelScope()
         self.started = False
         self._send = send
         self._guard: Guard | None = cast("dict[str, Guard]", scope.get("state") or {}).get(GUARD)
         self._finishing = False
+        self._ends = math.inf
 
     async def read_body(self, limit: int) -> bytes:
         """The whole body. Raises `ProxyError` if it is larger than `limit` bytes."""
@@ -107,6 +128,11 @@ class Exchange:
                 raise ProxyError(errors.REQUEST_TOO_LARGE, limit=limit)
             pieces.append(piece)
         return b"".join(pieces)
+
+    async def learn_of_body(self) -> None:
+        """Find out whether there is a body, which HTTP/2 does not announce (RFC 9113 section 8.1)."""
+        if not await self.incoming.is_empty():
+            self.head = replace(self.head, chunked=True)
 
     def body(self) -> AsyncIterator[bytes]:
         """The pieces of the request's body, as they arrive and are taken."""
@@ -135,12 +161,23 @@ class Exchange:
 
     def abort(self) -> None:
         """Make sure that the client sees that the answer is not whole: what was begun is never finished."""
-        if self._guard is not None and self.head.http_version == "1.0":
+        if self._guard is None:
+            return
+        if self.head.http_version == "1.0":
             self._guard.reset_on_close()
+        elif self.head.http_version == "2":
+            # Hypercorn leaves the stream open, and offers no way to reset it alone.
+            self._guard.abort()
+
+    def limit_writes(self, until: float) -> None:
+        """No write goes on beyond that time, also if the client does not read."""
+        self._ends = until
+        if self._guard is not None and self.head.http_version != "2":
+            self._guard.limit_writes(until)
 
     def leave(self) -> None:
-        """The client has gone: stop working for it."""
-        if not self._finishing:
+        """The client has gone: stop working for it. After the limit for writes it was cut off, not gone."""
+        if not self._finishing and trio.current_time() < self._ends:
             self.cancel_scope.cancel(reason="the client has gone")
 
     def __enter__(self) -> None:
@@ -172,7 +209,7 @@ class Connection(TrioASGIHTTPConnection):
                         await response.run(exchange)
                     else:
                         assert isinstance(response, QuartResponse)
-                        await exchange.start(response.status_code, encode_headers(response.headers))
+                        await exchange.start(response.status_code, _identified(response, exchange.head.request_id))
                         await exchange.finish(await response.get_data(as_text=False))
                 nursery.cancel_scope.cancel()
 
@@ -196,3 +233,10 @@ class Connection(TrioASGIHTTPConnection):
         )
         quart_request.exchange = exchange
         return quart_request
+
+
+def _identified(response: QuartResponse, request_id: str) -> Headers:
+    headers = encode_headers(response.headers)
+    return (
+        headers if "x-trioproxy-request-id" in response.headers else headers + request.identification(request_id, None)
+    )

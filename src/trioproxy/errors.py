@@ -99,7 +99,7 @@ INVALID_REQUEST = Ending("invalid_request", 400, message="{reason}")
 NOT_FOUND = Ending(
     "not_found",
     404,
-    message="There is nothing at {path}: the API is served under /v1/, beside /health, /ready and /metrics.",
+    message="There is nothing to {method} at {path}: the API is under /v1/; /health, /ready and /metrics answer GET.",
 )
 REQUEST_TOO_LARGE = Ending(
     "request_too_large",
@@ -221,7 +221,8 @@ class ProxyError(Exception):
     """An ending that happened.
 
     `queue_seconds` is the time spent waiting for a slot (None: never asked for one). `retry_after` is how long to
-    stay away, in seconds, for endings whose `retry` is MEASURED. The other facts fill the message's template.
+    stay away, in seconds, for endings whose `retry` is MEASURED. `close`: the connection cannot be used any more, since
+    what was sent on it can be read in two ways. The other facts fill the message's template.
     """
 
     def __init__(
@@ -230,12 +231,14 @@ class ProxyError(Exception):
         *,
         param: str | None = None,
         queue_seconds: float | None = None,
+        close: bool = False,
         retry_after: float = RETRY_SECONDS_MIN,
         **facts: object,
     ) -> None:
         self.ending = ending
         self.param = param
         self.queue_seconds = queue_seconds
+        self.close = close
         self.retry_after = min(max(retry_after, RETRY_SECONDS_MIN), RETRY_SECONDS_MAX)
         super().__init__(ending.message.format(retry_after=math.ceil(self.retry_after), **facts))
 

@@ -42,6 +42,10 @@ class Client(Protocol):
         """Send the last piece, and that it was the last."""
         ...
 
+    def limit_writes(self, until: float) -> None:
+        """No write goes on beyond that time, also if the client does not read."""
+        ...
+
     def abort(self) -> None:
         """Make sure that the client sees that the answer is not whole."""
         ...
@@ -90,6 +94,7 @@ class Relay(QuartResponse):
 
     async def _scheduled(self, client: Client, facts: ScheduledRequest) -> None:
         async with self._scheduler.slot(facts) as slot:
+            client.limit_writes(min(facts.deadline, self._upstream.latest_end))
             with _noting_failure(client, slot.progress, slot.queue_seconds), _deadline(facts):
                 last = await self._forward(client, slot.progress, slot.queue_seconds)
             assert slot.progress.upstream_status is not None
@@ -103,6 +108,7 @@ class Relay(QuartResponse):
             with _noting_failure(client, progress):
                 if self._scheduler.closed:
                     raise ProxyError(errors.SHUTTING_DOWN)
+                client.limit_writes(self._upstream.latest_end)
                 last = await self._forward(client, progress, None)
             assert progress.upstream_status is not None
             ending = errors.of_upstream_status(progress.upstream_status)

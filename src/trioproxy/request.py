@@ -45,7 +45,9 @@ _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _SECONDS: Final = re.compile(rb"[0-9]{1,9}(\.[0-9]{1,9})?")
 _DEADLINE_MIN: Final = 0.001
 _DEADLINE_MAX: Final = 86_400.0
-_USUALLY_WITHOUT_BODY: Final = frozenset({"GET", "HEAD", "OPTIONS"})
+_TARGET: Final = re.compile(rb"[!-~]+")
+_NAME: Final = re.compile(rb"[-!#$%&'*+.^_`|~0-9A-Za-z]+")
+_VALUE: Final = re.compile(rb"[^\x00-\x08\x0a-\x1f\x7f]*")
 _VERSIONS: Final = frozenset({"1.0", "1.1", "2"})
 
 
@@ -117,8 +119,6 @@ def read_head(scope: Scope) -> Head:
                 request_id = value
             case _:
                 pass
-    if scope["http_version"] == "2" and length is None and scope["method"] not in _USUALLY_WITHOUT_BODY:
-        chunked = True  # HTTP/2 needs no framing fields (RFC 9113 section 8.1)
     return Head(
         method=scope["method"],
         http_version=scope["http_version"],
@@ -142,23 +142,43 @@ def check(head: Head) -> None:
         raise ProxyError(INVALID_REQUEST, reason=f"HTTP/{head.http_version} is not spoken here: use 1.0, 1.1 or 2.")
     if head.chunked and head.content_length is not None:
         # RFC 9112 section 6.3: the mark of request smuggling.
-        raise ProxyError(INVALID_REQUEST, reason="Content-Length and Transfer-Encoding were sent together: send one.")
+        reason = "Content-Length and Transfer-Encoding were sent together: send one."
+        raise ProxyError(INVALID_REQUEST, close=True, reason=reason)
+    if head.method == "CONNECT":
+        raise ProxyError(INVALID_REQUEST, reason="CONNECT is not served: this is no forward proxy.")
     if head.path != PREFIX and not head.path.startswith(PREFIX + b"/"):
-        raise ProxyError(NOT_FOUND, path=head.path.decode("latin-1"))
+        raise ProxyError(NOT_FOUND, method=head.method, path=head.path.decode("latin-1"))
+    _check_characters(head)
     decoded = unquote_to_bytes(head.path).replace(b"\\", b"/")
     if any(segment in (b".", b"..") for segment in decoded.split(b"/")):
         raise ProxyError(INVALID_REQUEST, reason="The path has dot segments ('.' or '..'): send it without them.")
 
 
-def read_priority(head: Head, fields: body.Reading, default: int) -> int:
-    """The priority by header, else by body, else the default. Raises `ProxyError` for one that means nothing."""
+def _check_characters(head: Head) -> None:
+    """What HTTP/1.1's parser has checked, HTTP/2's has not. A fragment is for the client alone (RFC 9110 4.2.5)."""
+    if b"#" in head.target or not _TARGET.fullmatch(head.target or b"/"):
+        raise ProxyError(INVALID_REQUEST, reason="The path has characters that must be percent-encoded, such as '#'.")
+    for name, value in head.headers:
+        if not _NAME.fullmatch(name) or not _VALUE.fullmatch(value):
+            shown = name.decode("latin-1")[:50]
+            raise ProxyError(INVALID_REQUEST, reason=f"The header field {shown!r} has characters that are not allowed.")
+
+
+def read_header_priority(head: Head) -> int | None:
+    """The priority by header, None without one. Raises `ProxyError` for one that means nothing."""
     by_header = {_header_priority(value) for value in head.values(b"x-priority")}
     if len(by_header) > 1:
         raise _invalid_priority("The header X-Priority", "given more than once with different values", "X-Priority")
+    return next(iter(by_header), None)
+
+
+def read_priority(head: Head, fields: body.Reading, default: int) -> int:
+    """The priority by header, else by body, else the default. Raises `ProxyError` for one that means nothing."""
+    by_header = read_header_priority(head)
     by_body = {_body_priority(text) for text in fields.priorities}
     if len(by_body) > 1:
         raise _invalid_priority("The field priority", "given more than once with different values", "priority")
-    return next(iter(by_header or by_body), default)
+    return by_header if by_header is not None else next(iter(by_body), default)
 
 
 def _header_priority(value: bytes) -> int:
@@ -238,7 +258,10 @@ def identification(request_id: str, queue_seconds: float | None) -> Headers:
 
 def client_headers(upstream: Headers, request_id: str, queue_seconds: float | None) -> Headers:
     """The fields of the upstream's answer as they go on to the client, and ours."""
-    headers = _end_to_end(upstream, frozenset({b"x-trioproxy-request-id"}))
+    dropped = {b"x-trioproxy-request-id"}
+    if any(name.lower() == b"transfer-encoding" for name, _ in upstream):
+        dropped.add(b"content-length")  # RFC 9112 section 6.3
+    headers = _end_to_end(upstream, frozenset(dropped))
     if not any(name.lower() == b"x-request-id" for name, _ in headers):
         headers.append((b"x-request-id", request_id.encode()))
     return headers + identification(request_id, queue_seconds)
@@ -252,6 +275,7 @@ def refusal(error: ProxyError, request_id: str, spread: float) -> tuple[int, Hea
         (b"content-type", b"application/json"),
         (b"content-length", b"%d" % len(body)),
         (b"x-request-id", request_id.encode()),
+        *([(b"connection", b"close")] if error.close else []),
         *errors.retry_headers(error, spread),
         *identification(request_id, error.queue_seconds),
     ]

@@ -9,6 +9,7 @@ with an `except` around each connection, a `GuardedStream` below it, and a shutd
 from __future__ import annotations
 
 import logging
+import math
 import select
 import socket
 import struct
@@ -61,13 +62,14 @@ class GuardedStream(trio.abc.HalfCloseableStream):
         self._sending: trio.CancelScope | None = None
         self._exchanges: dict[Callable[[], None], float] = {}
         self._resetting = False
+        self._writes_until = math.inf
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Send everything. Raises `BrokenResourceError` when the client has gone or does not read."""
         rest = memoryview(data)
         with trio.CancelScope() as self._sending:
             while rest:
-                self._sending.deadline = trio.current_time() + self._write_timeout
+                self._sending.deadline = min(trio.current_time() + self._write_timeout, self._writes_until)
                 try:
                     sent = await self.socket.send(rest)
                 except (OSError, trio.ClosedResourceError) as error:
@@ -100,6 +102,7 @@ class GuardedStream(trio.abc.HalfCloseableStream):
     def watch(self, leave: Callable[[], None]) -> None:
         """Call `leave` as soon as the client is seen to have gone, also while nobody reads from it."""
         self._exchanges[leave] = trio.current_time()
+        self._writes_until = math.inf
         self._activity.began(self)
 
     def unwatch(self, leave: Callable[[], None]) -> None:
@@ -110,6 +113,10 @@ class GuardedStream(trio.abc.HalfCloseableStream):
     def is_long(self, now: float) -> bool:
         """Whether an exchange has been going on for long enough to be looked at."""
         return any(now - began >= LEFT_SECONDS for began in self._exchanges.values())
+
+    def limit_writes(self, until: float) -> None:
+        """No write of this exchange goes on beyond that time: Hypercorn shields it from every deadline outside."""
+        self._writes_until = until
 
     def reset_on_close(self) -> None:
         """Close the connection with a reset, so that an end that is told by closing alone does not look clean."""
@@ -125,7 +132,9 @@ class GuardedStream(trio.abc.HalfCloseableStream):
         self.scope.deadline = min(self.scope.deadline, trio.current_time() + CLOSING_SECONDS)
 
     def abort(self) -> None:
-        """Close the socket now; whoever uses it gets an error."""
+        """Close the socket now; whoever uses it gets an error, and a client that waits for something a reset."""
+        if self._exchanges and self.socket.fileno() != -1:
+            self.reset_on_close()
         self.socket.close()
 
 

@@ -174,8 +174,9 @@ class Upstream:
             None if settings.api_key is None else b"Bearer " + settings.api_key.get_secret_value().encode()
         )
         """The value of the header `Authorization` that replaces the client's; None if the client's goes through."""
+        self._forward_proxy: Final = _environment_proxy(self._url) if trust_env else None
         self._new_connection: Final = new_connection or _connections(
-            self._url, settings.keep_alive_expiry, trust_env=trust_env
+            self._url, settings.keep_alive_expiry, self._forward_proxy
         )
         self._idle: deque[tuple[httpx.AsyncBaseTransport, float]] = deque()
         self._busy = 0
@@ -229,6 +230,22 @@ class Upstream:
             await self._idle.popleft()[0].aclose()
 
     @property
+    def latest_end(self) -> float:
+        """When a call that begins now is over at the latest, by `upstream.request_timeout`."""
+        timeout = self._settings.request_timeout
+        return math.inf if timeout is None else trio.current_time() + timeout
+
+    @property
+    def has_path(self) -> bool:
+        """Whether the base URL has a path, as nearly every API's has."""
+        return bool(self._path)
+
+    @property
+    def forward_proxy(self) -> str | None:
+        """Where the forward proxy is that calls go through, without its credentials."""
+        return None if self._forward_proxy is None else str(self._forward_proxy.url)
+
+    @property
     def known_out(self) -> bool:
         """Whether the last attempt to connect failed, a short while ago: after that nothing is known any more."""
         return trio.current_time() - self._unreachable_at < KNOWN_OUT_SECONDS
@@ -258,18 +275,16 @@ class Upstream:
             if name == "http11.receive_response_headers.started" and phases.sent_at is not None:
                 phases.enter("upstream.first_byte_timeout", self._settings.first_byte_timeout)
 
-        return httpx.Request(
-            method,
-            self._url,
-            headers=headers,
-            stream=body,
-            extensions={
-                # Sent as it is: httpx would decode and encode it again.
-                "target": self._path + target,
-                "timeout": {"write": self._settings.idle_timeout},
-                "trace": trace,
-            },
-        )
+        raw_target = self._path + target
+        extensions = {"timeout": {"write": self._settings.idle_timeout}, "trace": trace}
+        if self._forward_proxy is None:
+            # Sent as it is: httpx would decode and encode it again.
+            return httpx.Request(
+                method, self._url, headers=headers, stream=body, extensions=extensions | {"target": raw_target}
+            )
+        # What a forward proxy is asked for is another target, which httpcore makes of the URL.
+        url = self._url.copy_with(raw_path=raw_target)
+        return httpx.Request(method, url, headers=headers, stream=body, extensions=extensions)
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -283,8 +298,19 @@ class Upstream:
         except httpx.WriteTimeout as error:
             limit = self._settings.idle_timeout
             raise ProxyError(errors.UPSTREAM_TIMEOUT, limit=limit, setting="upstream.idle_timeout") from error
+        except httpx.LocalProtocolError as error:
+            # Its message quotes what cannot be sent, which may be a key.
+            reason = "the request has a field that cannot be sent."
+            raise ProxyError(errors.UPSTREAM_PROTOCOL_ERROR, upstream=upstream, reason=reason) from error
         except (httpx.NetworkError, httpx.ProtocolError) as error:
             raise ProxyError(errors.UPSTREAM_PROTOCOL_ERROR, upstream=upstream, reason=_reason(error)) from error
+
+
+_WITHOUT_MESSAGE: Final[dict[type[BaseException], str]] = {
+    httpx.ReadError: "the connection was reset",
+    httpx.WriteError: "the connection was reset",
+    httpx.ConnectError: "no connection",
+}
 
 
 def _reason(error: BaseException) -> str:
@@ -292,14 +318,14 @@ def _reason(error: BaseException) -> str:
     root = error
     while (cause := root.__cause__ or root.__context__) is not None:
         root = cause.exceptions[0] if isinstance(cause, BaseExceptionGroup) else cause
-    return f"{str(root) or str(error) or type(error).__name__}."
+    message = str(root) or str(error) or _WITHOUT_MESSAGE.get(type(error), type(error).__name__)
+    return message.rstrip(".") + "."
 
 
-def _connections(url: httpx.URL, expiry: float, *, trust_env: bool) -> Callable[[], httpx.AsyncBaseTransport]:
+def _connections(url: httpx.URL, expiry: float, proxy: httpx.Proxy | None) -> Callable[[], httpx.AsyncBaseTransport]:
     # httpx wants a context for plain HTTP too; loading the CA certificates for it would only take time.
     context = httpx.create_ssl_context() if url.scheme == "https" else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     limits = httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=expiry)
-    proxy = _environment_proxy(url) if trust_env else None
     return lambda: httpx.AsyncHTTPTransport(verify=context, proxy=proxy, limits=limits)
 
 

@@ -596,7 +596,7 @@ MUTANTS: Final = (
     Mutant(
         "cut off although its last piece is being sent",
         "connection.py",
-        "if not self._finishing:",
+        "if not self._finishing and trio.current_time() < self._ends:",
         "if True:",
         RELAY,
     ),
@@ -632,22 +632,22 @@ MUTANTS: Final = (
     Mutant(
         "priority parsed by header only",
         "request.py",
-        "next(iter(by_header or by_body), default)",
-        "next(iter(by_header), default)",
+        "by_header if by_header is not None else next(iter(by_body), default)",
+        "by_header if by_header is not None else default",
         REQUEST,
     ),
     Mutant(
         "the body's priority goes before the header's",
         "request.py",
-        "iter(by_header or by_body)",
-        "iter(by_body or by_header)",
+        "return by_header if by_header is not None else next(iter(by_body), default)",
+        "return next(iter(by_body), default if by_header is None else by_header)",
         REQUEST,
     ),
     Mutant(
         "the default priority is ignored",
         "request.py",
-        "iter(by_header or by_body), default)",
-        "iter(by_header or by_body), 50)",
+        "next(iter(by_body), default)",
+        "next(iter(by_body), 50)",
         REQUEST,
     ),
     Mutant(
@@ -660,8 +660,8 @@ MUTANTS: Final = (
     Mutant(
         "the body's priority is not cut out",
         "body.py",
-        '"".join([*kept, text[kept_to:]]).encode() if priorities else body,',
-        "body,",
+        "rest = body[: found.start()] + body[found.end() :]",
+        "return body",
         RELAY,
     ),
     # -- The stream below a connection --
@@ -669,16 +669,23 @@ MUTANTS: Final = (
         "the write timeout is not reset on progress",
         "server.py",
         """while rest:
-                self._sending.deadline = trio.current_time() + self._write_timeout""",
-        """self._sending.deadline = trio.current_time() + self._write_timeout
+                self._sending.deadline = min(trio.current_time() + self._write_timeout, self._writes_until)""",
+        """self._sending.deadline = min(trio.current_time() + self._write_timeout, self._writes_until)
             while rest:""",
         GUARD,
     ),
     Mutant(
         "the write timeout is not armed",
         "server.py",
-        "self._sending.deadline = trio.current_time() + self._write_timeout",
+        "self._sending.deadline = min(trio.current_time() + self._write_timeout, self._writes_until)",
         "pass",
+        GUARD,
+    ),
+    Mutant(
+        "a write goes on beyond the deadline",
+        "server.py",
+        "min(trio.current_time() + self._write_timeout, self._writes_until)",
+        "trio.current_time() + self._write_timeout",
         GUARD,
     ),
     Mutant(

@@ -262,6 +262,7 @@ def test_passed_through_requests_have_a_line_without_an_outcome() -> None:
         "http_status": 404,
         "upstream_seconds": 2.0,
         "bytes_out": 456,
+        "code": "completed",
         "total_seconds": 3.5,
     }
     assert lines_of(PassedThrough(request, 103.5, errors.COMPLETED, whole(404)), level="info") == [expected]

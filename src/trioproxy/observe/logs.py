@@ -25,7 +25,7 @@ import msgspec
 import structlog
 from structlog.typing import EventDict, WrappedLogger
 
-from trioproxy.errors import Status
+from trioproxy.errors import INVALID_PRIORITY, Status
 from trioproxy.events import (
     CapacityChanged,
     Ended,
@@ -311,8 +311,10 @@ class RequestLog:
             case PassedThrough():
                 self._passed_through(event)
             case Refused(request, _, ending, error):
+                # What is wrong with a priority may quote the body.
+                reason = {} if ending is INVALID_PRIORITY else {"reason": error}
                 self._log.info(
-                    "request refused", **_facts(request), http_status=ending.http_status, code=ending.code, reason=error
+                    "request refused", **_facts(request), http_status=ending.http_status, code=ending.code, **reason
                 )
             case Queued(request):
                 self._log.debug("request queued", **_facts(request))
@@ -345,6 +347,7 @@ class RequestLog:
 
     def _passed_through(self, event: PassedThrough) -> None:
         fields = _facts(event.request) | _progress(event.progress)
+        fields["code"] = event.ending.code
         fields["total_seconds"] = round(event.at - event.request.arrived, 6)
         write = self._log.warning if "error" in fields else self._log.info
         write("request passed through", **_known(fields))
