@@ -164,9 +164,16 @@ MUTANTS: Final = (
     Mutant(
         "retry-after does not count the newcomer itself",
         "scheduler/core.py",
-        "len(self._queue) + 1, self._limit.permits",
-        "len(self._queue), self._limit.permits",
+        "max(self._seconds_until(len(self._queue) + 1, now),",
+        "max(self._seconds_until(len(self._queue), now),",
         CORE,
+    ),
+    Mutant(
+        "everyone refused is told the same time",
+        "scheduler/limits.py",
+        "self._last = max(self._last + release_seconds, now + wait_seconds)",
+        "self._last = now + wait_seconds",
+        LIMITS,
     ),
     # -- The waiting line --
     Mutant(

@@ -626,6 +626,39 @@ def test_retry_after_is_how_long_the_queue_and_the_newcomer_take() -> None:
     assert core.retry_after(113.0) == core.retry_after(10_000.0), "an idle night changes nothing"
 
 
+def test_those_refused_at_once_are_told_one_after_the_other() -> None:
+    core = Core(FixedLimit(2), max_queue=1)
+    a, b, c, low, high, last = (make_request(*facts) for facts in zip("abcdef", (50, 50, 50, 20, 90, 50), strict=True))
+    core.submit(a, 0.0)
+    core.submit(b, 0.0)
+    core.finish(a, 4.0, errors.COMPLETED)
+    for request in (a, c):
+        core.submit(request, 4.0)
+    told = []
+    for request in (low, high, last):  # rejected, in c's place, rejected
+        core.submit(request, 5.0)
+        told.append(core.retry_after(5.0))
+    assert told == [4.0, 6.0, 8.0], "two slots, held for 4 s: a release every 2 s, and one request in the queue"
+    assert core.retry_after(8.0) == 5.0
+    assert core.retry_after(10.0) == 4.0, "three seconds are left, and the queue takes four"
+    core.leave(high, 8.0, errors.CANCELLED)
+    core.finish(b, 8.0, errors.COMPLETED)
+    assert core.retry_after(8.0) == 5.0
+    core.submit(last, 8.0)
+    assert core.retry_after(8.0) == 3.0, "a slot was free, so nobody is waited for any more; they are held for 6 s now"
+
+
+def test_a_refusal_for_other_reasons_makes_nobody_wait_longer() -> None:
+    core = Core(FixedLimit(1), max_queue=1)
+    core.submit(make_request("a"), 0.0)
+    core.submit(make_request("b"), 0.0)
+    before = core.retry_after(1.0)
+    core.submit(make_request("late", deadline=0.5), 1.0)
+    core.close()
+    core.submit(make_request("closed"), 1.0)
+    assert core.retry_after(1.0) == before
+
+
 class WatchedRequest(ScheduledRequest):
     """A request at which nobody can look without being counted: each attribute, hash and comparison is a call."""
 

@@ -1,4 +1,4 @@
-"""How many may run, and how the rate at which slots come free is learnt from how long they were held."""
+"""How many may run, how the rate at which slots come free is learnt, and how the refused are told to come back."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trioproxy import errors
-from trioproxy.scheduler.limits import FixedLimit, Limit, ReleaseRate
+from trioproxy.errors import RETRY_SECONDS_MAX
+from trioproxy.scheduler.limits import FixedLimit, Limit, ReleaseRate, ReturnLine
 
 UNMEASURED = ReleaseRate.UNMEASURED_SECONDS
 
@@ -116,3 +117,49 @@ def test_it_stays_between_the_shortest_and_the_longest(held: list[float]) -> Non
 @given(st.floats(0.001, 1000), st.integers(1, 500))
 def test_a_steady_upstream_is_known_exactly(held: float, count: int) -> None:
     assert mean_of(rate_of(*[held] * count)) == pytest.approx(held)
+
+
+def told(line: ReturnLine, *refusals_at: float, wait_seconds: float = 5.0, release_seconds: float = 0.5) -> list[float]:
+    """What those who are refused at these times are told."""
+    seconds = []
+    for now in refusals_at:
+        line.join(now, wait_seconds, release_seconds)
+        seconds.append(line.seconds(now))
+    return seconds
+
+
+def test_the_refused_return_one_for_each_release() -> None:
+    assert told(ReturnLine(), 100.0, 100.0, 100.0, 100.25, 101.0) == [5.0, 5.5, 6.0, 6.25, 6.0]
+
+
+def test_nobody_returns_before_the_queue_is_through() -> None:
+    assert told(ReturnLine(), 100.0, 102.0, 3600.0) == [5.0, 5.0, 5.0]
+
+
+def test_nobody_is_told_more_than_can_be_told() -> None:
+    line = ReturnLine()
+    assert max(told(line, *[100.0] * 1000)) == RETRY_SECONDS_MAX
+    assert told(line, 130.0) == [30.5], "those who could not be told more have not made the line longer"
+    assert told(ReturnLine(), 0.0, wait_seconds=1e6) == [RETRY_SECONDS_MAX]
+
+
+def test_a_dissolved_line_begins_anew() -> None:
+    line = ReturnLine()
+    told(line, *[100.0] * 20)
+    line.dissolve()
+    assert line.seconds(100.0) < 0
+    assert told(line, 100.0, 100.0) == [5.0, 5.5]
+
+
+@given(st.lists(st.tuples(st.floats(0, 2), st.floats(0, 90), st.floats(0.001, 2)), min_size=2, max_size=60))
+def test_no_two_return_within_one_release_unless_it_is_a_minute_away(
+    refusals: list[tuple[float, float, float]],
+) -> None:
+    line = ReturnLine()
+    now, before = 0.0, float("-inf")
+    for passed, wait_seconds, release_seconds in refusals:
+        now += passed
+        (seconds,) = told(line, now, wait_seconds=wait_seconds, release_seconds=release_seconds)
+        assert seconds >= min(wait_seconds, RETRY_SECONDS_MAX) - 1e-9
+        assert seconds >= min(before + release_seconds - now, RETRY_SECONDS_MAX) - 1e-9
+        before = now + seconds

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from trioproxy import priority
 from trioproxy.errors import DEADLINE_EXCEEDED, EVICTED, QUEUE_FULL, SHUTTING_DOWN, Ending
 from trioproxy.events import CapacityChanged, Ended, Progress, Queued, ScheduledRequest, Started
-from trioproxy.scheduler.limits import Limit, ReleaseRate
+from trioproxy.scheduler.limits import Limit, ReleaseRate, ReturnLine
 from trioproxy.scheduler.queue import WaitingLine
 
 SchedulingEvent = Queued | Started | Ended | CapacityChanged
@@ -69,6 +69,7 @@ class Core:
         self._queue = WaitingLine()
         self._running: dict[ScheduledRequest, tuple[float, float]] = {}  # started at, seconds waited before
         self._rate = ReleaseRate()
+        self._returns = ReturnLine()
 
     @property
     def accepting(self) -> bool:
@@ -102,9 +103,11 @@ class Core:
         if request.deadline <= now:
             return [Ended(request, now, DEADLINE_EXCEEDED, None, started=False)]
         if len(self._running) < self._limit.permits:
+            self._returns.dissolve()
             return [self._start(request, now, 0.0, was_queued=False)]
         events: list[SchedulingEvent] = []
         if len(self._queue) >= self._max_queue:
+            self._returns.join(now, self._seconds_until(len(self._queue) + 1, now), self._seconds_until(1, now))
             if not self._max_queue or self._queue.lowest_priority() >= request.priority:
                 return [Ended(request, now, QUEUE_FULL, None, started=False)]
             events += self.leave(self._queue.youngest_of_lowest(), now, EVICTED)
@@ -143,9 +146,11 @@ class Core:
         self._accepting = False
 
     def retry_after(self, now: float) -> float:
-        """How long, in seconds, until what is queued now will have been started."""
-        oldest, _ = next(iter(self._running.values()), (now, 0.0))
-        return self._rate.seconds_until(len(self._queue) + 1, self._limit.permits, now - oldest)
+        """In how many seconds the one who was refused last is to come back.
+
+        At least as long as it takes until what is queued now will have been started.
+        """
+        return max(self._seconds_until(len(self._queue) + 1, now), self._returns.seconds(now))
 
     def snapshot(self) -> Snapshot:
         """All of the state, frozen. Takes time in proportion to the number of requests."""
@@ -163,6 +168,10 @@ class Core:
             f"<Core {self.pool!r}: {len(self._running)} of {self._limit.permits} slots taken, "
             f"{len(self._queue)} of {self._max_queue} places taken{'' if self._accepting else ', closed'}>"
         )
+
+    def _seconds_until(self, releases: int, now: float) -> float:
+        oldest, _ = next(iter(self._running.values()), (now, 0.0))
+        return self._rate.seconds_until(releases, self._limit.permits, now - oldest)
 
     def _start(self, request: ScheduledRequest, now: float, queue_seconds: float, *, was_queued: bool) -> Started:
         self._running[request] = (now, queue_seconds)

@@ -1,10 +1,14 @@
-"""How many requests may run at once, and how fast slots come free. No trio, no clock: `now` is an argument."""
+"""How many requests may run at once, how fast slots come free, and when the refused are to come back.
+
+No trio, no clock: `now` is an argument.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Final, Protocol
 
-from trioproxy.errors import Ending
+from trioproxy.errors import RETRY_SECONDS_MAX, Ending
 
 
 class Limit(Protocol):
@@ -76,3 +80,34 @@ class ReleaseRate:
         """
         mean = self._mean if self._seen else max(self._mean, oldest_held_seconds)
         return releases * mean / permits
+
+
+class ReturnLine:
+    """When those who are refused are to come back: one of them for each slot that comes free.
+
+    If each were told how long the queue takes, all of them would be back when there is room for one. So they form a
+    line of their own behind the queue: everyone is told a time one release later than the one before. Refusals for
+    each request served are then about one, however many clients there are, as long as the line fits into a minute.
+
+    The line is made of promises to clients who may not keep them. That a slot is free although somebody has been told
+    to stay away shows that it is too long, and it is forgotten (`dissolve`).
+    """
+
+    def __init__(self) -> None:
+        self._last = -math.inf
+
+    def join(self, now: float, wait_seconds: float, release_seconds: float) -> None:
+        """One more is refused: it returns a release after the one before it, and not before the queue is through.
+
+        `wait_seconds` is how long the queue takes, `release_seconds` the time between two releases.
+        """
+        self._last = max(self._last + release_seconds, now + wait_seconds)
+        self._last = min(self._last, now + RETRY_SECONDS_MAX)  # nobody can be told more
+
+    def seconds(self, now: float) -> float:
+        """In how many seconds the last of the line returns; less than 0 if it has returned."""
+        return self._last - now
+
+    def dissolve(self) -> None:
+        """Forget who was told what."""
+        self._last = -math.inf
