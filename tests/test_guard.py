@@ -127,6 +127,17 @@ async def test_it_is_idle_once_the_last_exchange_is_over(autojump_clock: MockClo
     assert activity.streams == set()
 
 
+async def test_a_connection_without_an_exchange_is_closed_after_a_while(autojump_clock: MockClock) -> None:
+    stream = GuardedStream(cast(Any, SlowStream(SlowSocket(10, 1))), 60, Activity(), idle_timeout=75)
+    with stream.scope:
+        await trio.sleep(50)
+        stream.watch(print)
+        await trio.sleep(1000)
+        stream.unwatch(print)
+        await trio.sleep_forever()
+    assert trio.current_time() == 1050 + 75
+
+
 async def test_a_closed_socket_is_a_broken_one() -> None:
     ours, theirs = socket.socketpair()
     stream = GuardedStream(trio.SocketStream(trio.socket.from_stdlib_socket(ours)), 60, Activity())

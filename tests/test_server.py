@@ -364,6 +364,15 @@ async def test_connection_close_is_honoured_and_keep_alive_works(upstream: Upstr
         assert received.endswith(b"{}")
 
 
+async def test_a_connection_that_says_nothing_is_closed(upstream: Upstream) -> None:
+    async with running_proxy(upstream.url, server={"keep_alive_timeout": 0.3}) as proxy:
+        for said in (b"", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"):
+            stream = await proxy.connect()
+            await stream.send_all(said)
+            with trio.fail_after(3):
+                await read_until_closed(stream)
+
+
 async def test_a_body_one_byte_too_large_is_refused_and_the_connection_survives(upstream: Upstream) -> None:
     async with running_proxy(upstream.url, server={"max_body_size": 1000}) as proxy:
         stream = await proxy.connect()

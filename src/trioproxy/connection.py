@@ -139,10 +139,12 @@ class Exchange:
         return self.incoming
 
     async def start(self, status: int, headers: Headers) -> None:
-        """Send the answer's head."""
+        """Send the answer's head, all of it or nothing: cut off in between, Hypercorn would not know that it began."""
+        await trio.lowlevel.checkpoint_if_cancelled()
         self.started = True
         self.incoming.abandoned.set()
-        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        with trio.CancelScope(shield=True):
+            await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def send(self, piece: bytes) -> None:
         """Send a piece of the answer's body; returns when there is room for more."""

@@ -49,20 +49,26 @@ class GuardedStream(trio.abc.HalfCloseableStream):
     """The socket below one of Hypercorn's connections.
 
     A write without progress for `write_timeout` seconds is given up, inside whatever shield it is called, and the
-    socket closed: Hypercorn takes that for a disconnect.
+    socket closed: Hypercorn takes that for a disconnect. So is a connection closed that has been without an exchange
+    for `idle_timeout` seconds: Hypercorn itself forgets those that begin with HTTP/2's preface.
     """
 
-    def __init__(self, stream: trio.SocketStream, write_timeout: float, activity: Activity) -> None:
+    def __init__(
+        self, stream: trio.SocketStream, write_timeout: float, activity: Activity, idle_timeout: float = math.inf
+    ) -> None:
         self.socket: Final = stream.socket
         self.scope: Final = trio.CancelScope()
         """Around all of the connection's tasks."""
         self._stream = stream
         self._write_timeout = write_timeout
+        self._idle_timeout = idle_timeout
         self._activity = activity
         self._sending: trio.CancelScope | None = None
         self._exchanges: dict[Callable[[], None], float] = {}
         self._resetting = False
         self._writes_until = math.inf
+        self._left = False
+        self._set_deadline()
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Send everything. Raises `BrokenResourceError` when the client has gone or does not read."""
@@ -103,11 +109,13 @@ class GuardedStream(trio.abc.HalfCloseableStream):
         """Call `leave` as soon as the client is seen to have gone, also while nobody reads from it."""
         self._exchanges[leave] = trio.current_time()
         self._writes_until = math.inf
+        self._set_deadline()
         self._activity.began(self)
 
     def unwatch(self, leave: Callable[[], None]) -> None:
         """The exchange is over."""
         del self._exchanges[leave]
+        self._set_deadline()
         self._activity.ended(self, idle=not self._exchanges)
 
     def is_long(self, now: float) -> bool:
@@ -130,12 +138,18 @@ class GuardedStream(trio.abc.HalfCloseableStream):
         if self._sending is not None:
             self._sending.cancel(reason="the client has gone")
         self.scope.deadline = min(self.scope.deadline, trio.current_time() + CLOSING_SECONDS)
+        self._left = True
 
     def abort(self) -> None:
         """Close the socket now; whoever uses it gets an error, and a client that waits for something a reset."""
         if self._exchanges and self.socket.fileno() != -1:
             self.reset_on_close()
         self.socket.close()
+
+    def _set_deadline(self) -> None:
+        """Without an exchange the connection may go on for a while; once the client has gone nothing changes that."""
+        if not self._left:
+            self.scope.deadline = math.inf if self._exchanges else trio.current_time() + self._idle_timeout
 
 
 class Activity:
@@ -259,7 +273,9 @@ class Server:
             nursery.start_soon(end, self._activity.wait_idle)
 
     async def _serve_connection(self, wrapped: ASGIWrapper, stream: trio.SocketStream) -> None:
-        guarded = GuardedStream(stream, self._settings.server.client_write_timeout, self._activity)
+        limits = self._settings.server
+        idle_timeout = limits.keep_alive_timeout + CLOSING_SECONDS  # Hypercorn is first where it knows
+        guarded = GuardedStream(stream, limits.client_write_timeout, self._activity, idle_timeout)
         self._streams.add(guarded)
         state = ConnectionState({GUARD: guarded})
         try:
