@@ -62,3 +62,10 @@ def lowest(session: nox.Session) -> None:
     oldest = [re.sub(r">=([^,;]+).*", r"==\1", line) for line in PROJECT["project"]["dependencies"]]
     session.install("-e", ".", *oldest, *group("tests"))
     run_tests(session)
+
+
+@nox.session
+def soak(session: nox.Session) -> None:
+    """Endurance: ten minutes of random load and random faults, then nothing may be left; ``-- --seconds 60`` etc."""
+    session.install("-e", ".", *group("tests"))
+    session.run("python", "tests/soak/soak.py", *session.posargs)

@@ -332,6 +332,16 @@ async def test_to_http_1_0_being_cut_off_is_a_reset_too(upstream: Upstream, way:
             await read_on()
 
 
+@pytest.mark.parametrize("limit", ["deadline", "request_timeout"])
+async def test_a_time_limit_that_passes_while_the_upstream_works_is_told(upstream: Upstream, limit: str) -> None:
+    settings = {"request_timeout": 0.2} if limit == "request_timeout" else {}
+    fields = {"X-Request-Timeout": "0.2"} if limit == "deadline" else {}
+    async with running_proxy(upstream.url, upstream=settings) as proxy:
+        answer = await proxy.client.post(CHAT, headers=fields)
+        assert answer.status_code == 504
+        assert answer.json()["error"]["code"] == ("deadline_exceeded" if fields else "upstream_timeout")
+
+
 async def test_a_deadline_ends_a_write_to_a_client_that_does_not_read(upstream: Upstream) -> None:
     async with running_proxy(upstream.url) as proxy:
         stream = await proxy.connect()

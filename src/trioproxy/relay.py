@@ -6,6 +6,7 @@ task once the handler is done, so that slot and scopes are lexical. What the con
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -148,6 +149,7 @@ class Relay(QuartResponse):
         if client.started:
             client.abort()
             return
+        client.limit_writes(math.inf)  # what had a limit is over
         status, headers, body = request.refusal(error, self._facts.request_id, random.random())
         await client.start(status, headers)
         await client.finish(body)

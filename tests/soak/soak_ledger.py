@@ -1,0 +1,146 @@
+"""The soak test's books: what was sent, what came back, who has left, what was wrong."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import trio
+
+COMPLAINTS_SHOWN: Final = 20
+
+LEFT_SECONDS_MAX: Final = 1.0
+"""How long a call may outlive its client. The contract says 50 ms; the machine is not idle."""
+
+UNSEEN_SECONDS_MAX: Final = 4.0
+"""The same for a client that has pipelined a request or is in the middle of an upload (the contract: 3 s)."""
+
+
+@dataclass
+class Expected:
+    """A scheduled request of a patient client, and what it got; the log must tell the same."""
+
+    kind: str
+    http_status: int | None = None
+    code: str | None = None
+    """Of our own error; None for an answer of the upstream."""
+    whole: bool = False
+
+
+@dataclass
+class Ledger:
+    """Everything that is counted on the clients' side."""
+
+    kinds: Counter[str] = field(default_factory=Counter)
+    answers: Counter[str] = field(default_factory=Counter)
+    complaints: Counter[str] = field(default_factory=Counter)
+    """By kind of complaint; the first ones are kept in full."""
+    details: list[str] = field(default_factory=list)
+    patient: dict[int, Expected] = field(default_factory=dict)
+    scheduled_sent: int = 0
+    slowest_to_end: dict[str, tuple[float, int]] = field(default_factory=lambda: {"seen": (0.0, 0), "unseen": (0.0, 0)})
+    """For how long calls have outlived their clients, at most, and which did."""
+    _left: dict[int, tuple[float, bool]] = field(default_factory=dict)
+    _accused: set[int] = field(default_factory=set)
+    _last_left: float = 0.0
+
+    def complain(self, what: str, detail: str = "") -> None:
+        """Something is wrong."""
+        self.complaints[what] += 1
+        if len(self.details) < COMPLAINTS_SHOWN:
+            self.details.append(f"{what}: {detail}" if detail else what)
+
+    def left(self, numbers: list[int], *, unseen: bool) -> None:
+        """The client of these requests has gone, or has its answer."""
+        self._last_left = trio.current_time()
+        for number in numbers:
+            self._left.setdefault(number, (self._last_left, unseen))
+
+    def since_last_left(self) -> float:
+        """Seconds since the last client has gone."""
+        return trio.current_time() - self._last_left
+
+    def call_ended(self, number: int) -> None:
+        """The upstream's call of that number is over."""
+        self._judge_age(number)
+
+    def call_is_open(self, number: int) -> None:
+        """The upstream's call of that number goes on."""
+        self._judge_age(number)
+
+    def _judge_age(self, number: int) -> None:
+        """Nobody may be served whose client left a while ago."""
+        if number not in self._left:
+            return
+        at, unseen = self._left[number]
+        seconds = trio.current_time() - at
+        name, limit = ("unseen", UNSEEN_SECONDS_MAX) if unseen else ("seen", LEFT_SECONDS_MAX)
+        self.slowest_to_end[name] = max(self.slowest_to_end[name], (seconds, number))
+        if seconds > limit and number not in self._accused:
+            self._accused.add(number)
+            self.complain("orphan", f"call {number} was open {seconds:.2f} s after its client had left")
+
+
+@dataclass
+class LoggedLines:
+    """What the log says."""
+
+    lines: int = 0
+    outcomes: Counter[str] = field(default_factory=Counter)
+    events: Counter[str] = field(default_factory=Counter)
+    by_number: dict[int, dict[str, Any]] = field(default_factory=dict)
+    twice: int = 0
+    """Requests with more than one closing line."""
+    bad: list[str] = field(default_factory=list)
+    """Lines of level error or with a traceback, and what is not JSON."""
+
+    def add(self, text: str) -> None:
+        """One line."""
+        self.lines += 1
+        try:
+            line = json.loads(text)
+        except ValueError:
+            self.bad.append(text[:1000])
+            return
+        self.events[line["event"]] += 1
+        if line["level"] in {"error", "critical"} or "exception" in line:
+            self.bad.append(text[:4000])
+        if "outcome" in line:
+            self._add_outcome(line)
+
+    def _add_outcome(self, line: dict[str, Any]) -> None:
+        self.outcomes[line["outcome"]] += 1
+        prefix, _, digits = line["request_id"].partition("-")
+        if prefix != "soak":
+            self.bad.append(f"nobody has sent {line}")
+            return
+        number = int(digits)
+        self.twice += number in self.by_number
+        self.by_number[number] = {key: line.get(key) for key in ("outcome", "http_status", "code", "error")}
+
+
+def disagreements(ledger: Ledger, logged: LoggedLines) -> list[str]:
+    """Patient clients' scheduled requests of which the log tells something else than the client saw, or nothing."""
+    found = []
+    for number, expected in ledger.patient.items():
+        line = logged.by_number.get(number)
+        if line is None:
+            found.append(f"request {number} ({expected.kind}) has no closing line in the log")
+        elif complaint := _disagreement(expected, line):
+            found.append(f"request {number} ({expected.kind}): {complaint}; client {expected}; log {line}")
+    return found
+
+
+def _disagreement(expected: Expected, line: dict[str, Any]) -> str:
+    if expected.http_status is not None and expected.http_status != line["http_status"]:
+        return "another status"
+    if expected.code is not None and expected.code != line["code"]:
+        return "another code"
+    if expected.whole and expected.code is None:
+        bad = expected.http_status == 429 or (expected.http_status or 0) >= 500
+        return "" if line["outcome"] == ("upstream_error" if bad else "success") else "another outcome"
+    if not expected.whole and line["outcome"] not in {"timeout", "upstream_error", "cancelled"}:
+        return "the client's answer was not whole"
+    return ""
