@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import socket
 import struct
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -340,6 +342,19 @@ async def test_a_time_limit_that_passes_while_the_upstream_works_is_told(upstrea
         answer = await proxy.client.post(CHAT, headers=fields)
         assert answer.status_code == 504
         assert answer.json()["error"]["code"] == ("deadline_exceeded" if fields else "upstream_timeout")
+
+
+async def test_a_deadline_that_passes_in_the_moment_in_which_the_answer_begins(upstream: Upstream) -> None:
+    async with running_proxy(upstream.url) as proxy:
+        stream = await proxy.connect()
+        await stream.send_all(post(b"{}", "X-Request-Timeout: 0.1"))
+        call = await upstream.call()
+        assert isinstance(call.stream, trio.SocketStream)
+        os.write(call.stream.socket.fileno(), b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+        time.sleep(0.2)  # noqa: ASYNC251 - the answer and the deadline are to come in the same turn of the loop
+        status, body = await read_answer(stream)
+        assert (status, json.loads(body)["error"]["code"]) == (504, "deadline_exceeded")
+        await proxy.settled()
 
 
 async def test_a_deadline_ends_a_write_to_a_client_that_does_not_read(upstream: Upstream) -> None:
