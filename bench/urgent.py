@@ -123,10 +123,10 @@ def report(options: argparse.Namespace, found: Figures, visits: list[Visit], ups
 def main() -> None:
     """Read the options, run, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--seconds", type=float, default=20.0, help="how long requests come (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=45.0, help="how long requests come (%(default)s)")
     parser.add_argument("--slots", type=int, default=8, help="how many may run at once (%(default)s)")
     parser.add_argument("--places", type=int, default=50, help="how many may wait (%(default)s)")
-    parser.add_argument("--service", type=float, default=0.25, help="the mean service time in seconds (%(default)s)")
+    parser.add_argument("--service", type=float, default=0.5, help="the mean service time in seconds (%(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="another number is another run (%(default)s)")
     options = parser.parse_args()
     if not 0 < options.seconds <= SECONDS_MAX:
