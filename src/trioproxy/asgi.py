@@ -40,7 +40,7 @@ def _create() -> ProxyApp:
         settings = config.load()
         writer = logs.configure(settings.logging.level, settings.logging.format, settings.logging.file)
     except (config.ConfigError, OSError) as error:
-        sys.exit(f"trioproxy: the configuration cannot be used:\n{error}")
+        logs.say_and_exit("the configuration cannot be used", str(error), 1)
     logs.take_over("hypercorn.error")
     try:
         application = create_app(settings, dropped_lines=lambda: writer.dropped)
@@ -53,6 +53,8 @@ def _create() -> ProxyApp:
             "scheduler.concurrency allows: start Hypercorn with --workers 1"
         )
         structlog.get_logger().error("this worker must not serve", error=reason)
+    except OSError as error:
+        structlog.get_logger().error("the lock against a second worker cannot be had", error=str(error))
     else:
 
         @application.after_serving

@@ -95,12 +95,12 @@ def run(config_file: Path | None, overrides: Mapping[str, object]) -> None:
     try:
         settings = config.load(config_file, overrides=overrides)
     except ConfigError as error:
-        _fail("the configuration cannot be used", str(error), EXIT_UNUSABLE_CONFIGURATION)
+        logs.say_and_exit("the configuration cannot be used", str(error), EXIT_UNUSABLE_CONFIGURATION)
     try:
         writer = logs.configure(settings.logging.level, settings.logging.format, settings.logging.file)
     except OSError as error:
         reason = f"logging.file: {settings.logging.file} cannot be written: {error.strerror}"
-        _fail("the configuration cannot be used", reason, EXIT_UNUSABLE_CONFIGURATION)
+        logs.say_and_exit("the configuration cannot be used", reason, EXIT_UNUSABLE_CONFIGURATION)
     try:
         status = _serve(settings, writer)
     finally:
@@ -140,14 +140,3 @@ async def _until_signalled(server: Server) -> None:
             nursery.start_soon(listen_for_signals)
             await server.run()
             nursery.cancel_scope.cancel()
-
-
-def _fail(event: str, error: str, status: int) -> None:
-    """Say what is wrong before there is a log, in the form that the log would have had."""
-    if sys.stderr.isatty():
-        click.echo(f"trioproxy: {event}:\n{error}", err=True)
-    else:
-        writer = logs.configure("info", "json", None, sys.stderr)
-        structlog.get_logger().error(event, error=error)
-        writer.close()
-    sys.exit(status)

@@ -19,7 +19,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, Final, Protocol, TextIO
+from typing import Any, Final, NoReturn, Protocol, TextIO
 
 import msgspec
 import structlog
@@ -285,6 +285,17 @@ def configure(
         logging.getLogger(chatty).setLevel(logging.WARNING)
     logging.captureWarnings(capture=True)
     return writer
+
+
+def say_and_exit(event: str, error: str, status: int) -> NoReturn:
+    """Say on standard error what keeps the process from starting, in the form that its log would have had, and end."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"trioproxy: {event}:\n{error}\n")
+    else:
+        writer = configure("info", "json", None, sys.stderr)
+        structlog.get_logger().error(event, error=error)
+        writer.close()
+    sys.exit(status)
 
 
 EVENT_OF_STATUS: Final = {
