@@ -52,7 +52,14 @@ async def test_serving_logging_and_stopping(upstream: Upstream, tmp_path: Path) 
             "bytes_out": 2,
         }
         assert expected.items() <= line.items()
-        assert {"timestamp", "queue_seconds", "upstream_seconds", "total_seconds", "bytes_in"} <= line.keys()
+        assert {
+            "timestamp",
+            "queue_seconds",
+            "upstream_seconds",
+            "time_to_first_byte_seconds",
+            "total_seconds",
+            "bytes_in",
+        } <= line.keys()
         process.signal(signal.SIGTERM)
         assert await process.end() == 0
         assert [line["event"] for line in process.lines][-2:] == ["shutting down", "stopped"]

@@ -51,7 +51,13 @@ class Proxy:
     ) -> None:
         self.settings = settings
         limits = settings.scheduler
-        self.metrics = Metrics(limits.concurrency, dropped_lines=dropped_lines)
+        self.metrics = Metrics(
+            limits.concurrency,
+            limits.max_queue,
+            limits.queue_timeout,
+            clock=trio.current_time,
+            dropped_lines=dropped_lines,
+        )
         self._failed_listeners: set[int] = set()
         self.publisher = Publisher((self.metrics, RequestLog(), *listeners), self._listener_failed)
         self.scheduler = Scheduler(

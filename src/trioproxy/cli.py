@@ -74,7 +74,13 @@ def check_config(file: Path) -> None:
 
 
 @main.command()
-@click.option("--bind", default="127.0.0.1:8080", show_default=True, metavar="HOST:PORT", help="Where to listen.")
+@click.option(
+    "--bind",
+    multiple=True,
+    default=("127.0.0.1:8080",),
+    metavar="HOST:PORT",
+    help="Where to listen; may be given more than once.  [default: 127.0.0.1:8080]",
+)
 @click.option(
     "--log-file",
     default="logs/proxy.log",
@@ -85,7 +91,7 @@ def check_config(file: Path) -> None:
 )
 @click.option("--duration", type=float, metavar="SECONDS", help="How long to run.  [default: until Ctrl-C]")
 @click.option("--seed", type=int, metavar="N", help="Let the clients arrive as in every run with this number.")
-def demo(bind: str, log_file: Path, duration: float | None, seed: int | None) -> None:
+def demo(bind: tuple[str, ...], log_file: Path, duration: float | None, seed: int | None) -> None:
     """Show queueing, priority and eviction live, with a simulated upstream and simulated clients: no key needed."""
     sys.exit(show.run(bind, log_file, duration, seed))
 

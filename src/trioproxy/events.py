@@ -60,6 +60,8 @@ class Progress:
     """The status that the upstream answered with."""
     upstream_seconds: float | None = None
     """From the request's sending to the last byte of the answer, or to the failure."""
+    first_byte_at: float | None = None
+    """When the answer's head had been passed on to the client, on the clock of `arrived`."""
     upstream_whole: bool = False
     """Whether the upstream's answer arrived to its end."""
     bytes_out: int = 0
@@ -105,6 +107,23 @@ class Ended:
     def total_seconds(self) -> float:
         """From arrival to the end."""
         return self.at - self.request.arrived
+
+    @property
+    def time_to_first_byte_seconds(self) -> float | None:
+        """From arrival until the upstream's answer began to reach the client; None if it never did."""
+        if self.progress is None or self.progress.first_byte_at is None:
+            return None
+        return self.progress.first_byte_at - self.request.arrived
+
+    @property
+    def overhead_seconds(self) -> float | None:
+        """What neither waiting nor the upstream took of the whole: reading the request, deciding, logging, answering.
+
+        None if nothing was sent upstream.
+        """
+        if self.progress is None or self.progress.upstream_seconds is None:
+            return None
+        return max(self.total_seconds - (self.queue_seconds or 0.0) - self.progress.upstream_seconds, 0.0)
 
 
 @dataclass(frozen=True, slots=True)

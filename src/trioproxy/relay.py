@@ -138,6 +138,7 @@ class Relay(QuartResponse):
             await client.start(
                 response.status, request.client_headers(response.headers, head.request_id, queue_seconds)
             )
+            progress.first_byte_at = trio.current_time()
             while True:
                 piece = await response.read()
                 progress.bytes_out += len(piece)

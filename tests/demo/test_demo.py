@@ -262,6 +262,14 @@ def test_impossible_arguments_are_refused(tmp_path: Path, arguments: list[str], 
     assert complaint in result.stderr
 
 
+def test_it_listens_at_each_address(tmp_path: Path) -> None:
+    second = f"127.0.0.1:{free_port()}"
+    with running(tmp_path, "--bind", second) as demo:
+        demo.read_until(r"^ +1 s  slots")
+        for url in (demo.url, f"http://{second}"):
+            assert httpx.get(f"{url}/health", trust_env=False).status_code == 200
+
+
 def test_a_port_in_use_is_named(tmp_path: Path) -> None:
     with running(tmp_path) as demo, socket.socket() as sock:
         sock.bind(("127.0.0.1", int(demo.url.rpartition(":")[2])))

@@ -391,6 +391,20 @@ MUTANTS: Final = (
         "elif event.queue_seconds is not None:",
         METRICS,
     ),
+    Mutant(
+        "the oldest that waits is taken for the first in line",
+        "observe/metrics.py",
+        "next(iter(self._waiting.values()))",
+        "next(reversed(self._waiting.values()))",
+        METRICS,
+    ),
+    Mutant(
+        "a rotated log file is written to until the next look",
+        "observe/logs.py",
+        "if self._was_rotated():",
+        "if self._torn and self._was_rotated():",
+        ("observe/test_logs.py",),
+    ),
     # -- A request's way through the house --
     Mutant(
         "the slot is held until the client has the last piece",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import product
@@ -14,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families as read_text
 from prometheus_client.samples import Sample
 
 from builders import facts, scheduled
-from trioproxy import errors
+from trioproxy import __version__, errors
 from trioproxy.errors import ENDINGS, Ending
 from trioproxy.events import (
     CapacityChanged,
@@ -37,11 +38,14 @@ PASSED_THROUGH_STATUSES = ("2xx", "3xx", "4xx", "5xx", "error")
 REFUSALS = ("invalid_priority", "invalid_request", "not_found", "request_too_large")
 
 PERMITS = 10
+MAX_QUEUE = 100
+QUEUE_TIMEOUT = 300.0
 POOL = {"pool": "default"}
 
 GAUGES: dict[str, dict[str, tuple[str, ...]]] = {
     "openai_proxy_queue_size": {},
     "openai_proxy_queue_size_by_priority": {"priority_level": LEVELS},
+    "openai_proxy_queue_oldest_seconds": {},
 }
 COUNTERS: dict[str, dict[str, tuple[str, ...]]] = {
     "openai_proxy_requests_total": {"priority_level": LEVELS, "status": STATUSES},
@@ -53,6 +57,8 @@ HISTOGRAMS: dict[str, dict[str, tuple[str, ...]]] = {
     "openai_proxy_queue_duration_seconds": {"priority_level": LEVELS},
     "openai_proxy_openai_duration_seconds": {"status": UPSTREAM_STATUSES},
     "openai_proxy_request_duration_seconds": {"priority_level": LEVELS, "status": STATUSES},
+    "openai_proxy_time_to_first_byte_seconds": {"priority_level": LEVELS},
+    "openai_proxy_overhead_seconds": {},
 }
 WITHOUT_POOL: dict[str, dict[str, tuple[str, ...]]] = {
     "openai_proxy_passthrough_requests_total": {"http_status": PASSED_THROUGH_STATUSES},
@@ -85,7 +91,8 @@ class Scraped:
     """The metrics of one process, read one by one."""
 
     def __init__(self, permits: int = PERMITS) -> None:
-        self.metrics = Metrics(permits)
+        self.now = 0.0
+        self.metrics = Metrics(permits, MAX_QUEUE, QUEUE_TIMEOUT, clock=lambda: self.now)
 
     def tell(self, *events: Event) -> Scraped:
         for event in events:
@@ -135,7 +142,7 @@ def served(progress: Progress, ending: Ending = errors.COMPLETED, priority: int 
 
 
 def test_every_series_of_the_contract_is_at_zero_from_the_start() -> None:
-    registry = Metrics(PERMITS).registry
+    registry = Scraped().metrics.registry
     assert [series for series in AT_ZERO if registry.get_sample_value(*series) != 0] == []
 
 
@@ -149,7 +156,7 @@ def test_all_slots_are_free_at_the_start() -> None:
     [(GAUGES, "gauge"), (COUNTERS, "counter"), (WITHOUT_POOL, "counter"), (HISTOGRAMS, "histogram")],
 )
 def test_every_series_is_of_its_kind_and_says_what_it_is(table: dict[str, object], kind: str) -> None:
-    families = {family.name: family for family in Metrics(PERMITS).registry.collect()}
+    families = {family.name: family for family in Scraped().metrics.registry.collect()}
     for name in table:
         family = families[name.removesuffix("_total")]
         assert family.type == kind
@@ -170,7 +177,7 @@ ACCEPT_OPENMETRICS = "application/openmetrics-text;version=1.0.0;q=0.5,text/plai
 
 @pytest.mark.parametrize("accept", ["", "*/*", "text/plain", "text/html", "text/plain;version=0.0.4"])
 def test_text_is_the_format_unless_asked_otherwise(accept: str) -> None:
-    exposition, content_type = Metrics(PERMITS).expose(accept)
+    exposition, content_type = Scraped().metrics.expose(accept)
     assert content_type.startswith("text/plain; version=")
     assert "# EOF" not in exposition.decode()
     assert {"openai_proxy_queue_size", "openai_proxy_requests"} <= {
@@ -179,7 +186,7 @@ def test_text_is_the_format_unless_asked_otherwise(accept: str) -> None:
 
 
 def test_openmetrics_is_for_those_who_ask_for_it() -> None:
-    exposition, content_type = Metrics(PERMITS).expose(ACCEPT_OPENMETRICS)
+    exposition, content_type = Scraped().metrics.expose(ACCEPT_OPENMETRICS)
     assert content_type.startswith("application/openmetrics-text; version=1.0.0")
     assert exposition.endswith(b"# EOF\n")
     assert "openai_proxy_requests" in {
@@ -396,8 +403,82 @@ def test_refusals_before_scheduling_have_a_counter_of_their_own(code: str) -> No
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Who waits longest
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_oldest_waiting_ages_until_it_leaves() -> None:
+    scraped, first, second = Scraped(), scheduled(5), scheduled(85)
+
+    def oldest_at(now: float) -> float:
+        scraped.now = now
+        return scraped("queue_oldest_seconds")
+
+    assert oldest_at(10.0) == 0
+    scraped.tell(Queued(first, 10.0), Queued(second, 12.0))
+    assert (oldest_at(10.0), oldest_at(15.0)) == (0.0, 5.0)
+    scraped.tell(Started(first, 15.0, 5.0, was_queued=True))
+    assert oldest_at(16.0) == 4.0
+    scraped.tell(Ended(second, 16.0, errors.CANCELLED, 4.0, started=False))
+    assert oldest_at(17.0) == 0
+
+
+def test_the_oldest_is_not_the_first_to_be_served() -> None:
+    scraped, patient, urgent = Scraped(), scheduled(5), scheduled(85)
+    scraped.tell(Queued(patient, 0.0), Queued(urgent, 3.0), Started(urgent, 4.0, 1.0, was_queued=True))
+    scraped.now = 9.0
+    assert scraped("queue_oldest_seconds") == 9.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where the time went
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_byte_counts_from_arrival() -> None:
+    scraped, request = Scraped(), scheduled(65, arrived=100.0)
+    progress = Progress(upstream_status=200, upstream_seconds=5.0, upstream_whole=True, first_byte_at=104.0)
+    scraped.tell(Ended(request, 107.0, errors.COMPLETED, 1.5, started=True, progress=progress))
+    assert scraped.above_zero("time_to_first_byte_seconds_count", "priority_level") == {"high": 1}
+    assert scraped("time_to_first_byte_seconds_sum", priority_level="high") == 4.0
+
+
+def test_the_overhead_is_what_neither_queue_nor_upstream_took() -> None:
+    scraped, request = Scraped(), scheduled(arrived=100.0)
+    progress = Progress(upstream_status=200, upstream_seconds=5.0, upstream_whole=True)
+    scraped.tell(Ended(request, 107.0, errors.COMPLETED, 1.5, started=True, progress=progress))
+    assert (scraped("overhead_seconds_count"), scraped("overhead_seconds_sum")) == (1, 0.5)
+
+
+@pytest.mark.parametrize("progress", [None, Progress()], ids=["never started", "nothing sent"])
+def test_what_never_reached_the_upstream_has_neither_a_first_byte_nor_an_overhead(progress: Progress | None) -> None:
+    request = scheduled()
+    scraped = Scraped().tell(Started(request, 0.0, 0.0, was_queued=False))
+    scraped.tell(Ended(request, 1.0, errors.CANCELLED, 0.0, started=True, progress=progress))
+    assert scraped.total("time_to_first_byte_seconds_count") == scraped.total("overhead_seconds_count") == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Capacity
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_queues_capacity_is_shown_and_follows() -> None:
+    scraped = Scraped()
+    assert (scraped("max_queue"), scraped("queue_timeout_seconds")) == (MAX_QUEUE, QUEUE_TIMEOUT)
+    scraped.tell(CapacityChanged("default", 1.0, PERMITS, 7))
+    assert scraped("max_queue") == 7
+
+
+def test_what_runs_says_its_version() -> None:
+    assert scraped_build() == {"version": __version__, "python_version": platform.python_version()}
+
+
+def scraped_build() -> dict[str, str]:
+    (family,) = Scraped().metrics.registry.restricted_registry(["openai_proxy_build_info"]).collect()
+    (sample,) = family.samples
+    assert sample.value == 1
+    return sample.labels
 
 
 def test_the_gauges_follow_a_limit_that_is_raised_lowered_and_drained() -> None:
@@ -500,7 +581,7 @@ def test_the_books_balance_at_every_instant(course: list[tuple[Callable[[Books, 
 
 def test_lost_log_lines_are_counted() -> None:
     lost = 0
-    metrics = Metrics(1, dropped_lines=lambda: lost)
+    metrics = Metrics(1, MAX_QUEUE, QUEUE_TIMEOUT, clock=lambda: 0.0, dropped_lines=lambda: lost)
     assert metrics.registry.get_sample_value("openai_proxy_log_lines_dropped_total") == 0
     lost = 3
     assert metrics.registry.get_sample_value("openai_proxy_log_lines_dropped_total") == 3

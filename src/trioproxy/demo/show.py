@@ -196,11 +196,12 @@ def reading(watch: Watch) -> str:
     )
 
 
-def run(bind: str, log_file: Path, duration: float | None, seed: int | None) -> int:
+def run(bind: tuple[str, ...], log_file: Path, duration: float | None, seed: int | None) -> int:
     """Run the demo for `duration` seconds (None: until SIGTERM or Ctrl-C) and return the exit status.
 
-    `bind` is where the proxy listens, `HOST:PORT`; its log is written to `log_file` alone. `seed` makes the clients
-    arrive as in every run with that seed. Raises `click.UsageError` if an argument is impossible.
+    The proxy listens at each address of `bind`, `HOST:PORT`, and the clients ask at the first; its log is written to
+    `log_file` alone. `seed` makes the clients arrive as in every run with that seed. Raises `click.UsageError` if an
+    argument is impossible.
     """
     if duration is not None and not duration > 0:
         raise click.BadParameter(f"{duration:g} is not above 0.", param_hint="--duration")
@@ -216,23 +217,24 @@ def run(bind: str, log_file: Path, duration: float | None, seed: int | None) -> 
     finally:
         writer.close()
     if failure is not None:
-        click.echo(f"trioproxy: cannot listen on {bind}: {failure}; give another address with --bind", err=True)
+        where = ", ".join(bind)
+        click.echo(f"trioproxy: cannot listen on {where}: {failure}; give another address with --bind", err=True)
         return 1
     click.echo(f"\n{summary(watch)}\nThe whole story is in {log_file}.")
     return 0
 
 
-def _settings(bind: str) -> Settings:
+def _settings(bind: tuple[str, ...]) -> Settings:
     sections = {
-        "server": {"bind": bind},
+        "server": {"bind": list(bind)},
         "scheduler": {"concurrency": SLOTS, "max_queue": PLACES, "queue_timeout": QUEUE_TIMEOUT},
     }
     try:
         settings = Settings.model_validate(sections)
     except ValidationError:
         settings = None
-    if settings is None or settings.server.bind[0].startswith("unix:"):
-        raise click.BadParameter(f"{bind} is not HOST:PORT.", param_hint="--bind")
+    if settings is None or any(address.startswith("unix:") for address in settings.server.bind):
+        raise click.BadParameter(f"{', '.join(bind)} is not HOST:PORT.", param_hint="--bind")
     return settings
 
 
@@ -249,8 +251,8 @@ async def _main(watch: Watch, settings: Settings, log_file: Path, duration: floa
                 house.cancel_scope.cancel()
                 return error.strerror or str(error)
             async with trio.open_nursery() as proxy:
-                (address,) = await proxy.start(server.run)
-                await _show(watch, stop, address, _greeting(upstream_url, address, log_file), seed)
+                addresses = await proxy.start(server.run)
+                await _show(watch, stop, addresses[0], _greeting(upstream_url, addresses, log_file), seed)
                 proxy.cancel_scope.deadline = trio.current_time() + END_SECONDS_MAX
                 server.shut_down()
                 server.shut_down()
@@ -300,10 +302,11 @@ async def _tell(watch: Watch, stop: trio.CancelScope, greeting: str) -> None:
         stop.cancel()
 
 
-def _greeting(upstream_url: str, address: str, log_file: Path) -> str:
+def _greeting(upstream_url: str, addresses: Sequence[str], log_file: Path) -> str:
+    address = addresses[0]
     load = offered_load(SECONDS_PER_REQUEST, SLOTS)
     return f"""\
-proxy      {address}, with {SLOTS} slots and {PLACES} places in its queue; its log: {log_file}
+proxy      {", ".join(addresses)}, with {SLOTS} slots and {PLACES} places in its queue; its log: {log_file}
 upstream   {upstream_url}, simulated: no key is needed, nothing leaves this machine
 clients    simulated, of five levels of priority; they ask for {100 * load:.0f} % of what {SLOTS} slots can serve
 

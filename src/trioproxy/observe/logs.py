@@ -45,8 +45,6 @@ QUEUED_LINES_MAX: Final = 10_000
 CLOSE_SECONDS_MAX: Final = 2.0
 """How long the writer may take to write what is left when the process ends."""
 
-_REOPEN_SECONDS: Final = 0.5
-
 Line = MutableMapping[str, Any]
 Renderer = Callable[[Line], str]
 
@@ -74,17 +72,20 @@ class _Console:
 
 
 class _File:
-    """A log file that is opened again when it was moved or removed (by logrotate, say)."""
+    """A log file that is opened again when it was moved or removed (by logrotate, say).
+
+    It looks before each write: who ships the file's lines (Alloy, say) reads a moved file to its end and then turns to
+    the new one, so whatever came into the old one later would be lost.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._checked = 0.0
         self._torn = False
         path.parent.mkdir(parents=True, exist_ok=True)
         self._open()
 
     def write(self, text: str) -> None:
-        if time.monotonic() - self._checked > _REOPEN_SECONDS and self._was_rotated():
+        if self._was_rotated():
             self._file.close()
             self._open()
         data = text.encode("utf-8", "backslashreplace")
@@ -105,10 +106,8 @@ class _File:
         self._file = self._path.open("ab", buffering=0)
         self._torn = False
         self._identity = os.fstat(self._file.fileno())
-        self._checked = time.monotonic()
 
     def _was_rotated(self) -> bool:
-        self._checked = time.monotonic()
         try:
             return not os.path.samestat(self._path.stat(), self._identity)
         except FileNotFoundError:
@@ -346,7 +345,8 @@ class RequestLog:
             "status": status.value,
             "outcome": outcome.value,
             "code": event.ending.code,
-            "queue_seconds": None if event.queue_seconds is None else round(event.queue_seconds, 6),
+            "queue_seconds": _rounded(event.queue_seconds),
+            "time_to_first_byte_seconds": _rounded(event.time_to_first_byte_seconds),
             "total_seconds": round(event.total_seconds, 6),
         }
         if status is Status.FAILED:
@@ -375,11 +375,12 @@ def _facts(request: RequestFacts) -> dict[str, object]:
 
 def _progress(progress: Progress) -> dict[str, object]:
     fields: dict[str, object] = {"http_status": progress.http_status, "bytes_out": progress.bytes_out}
-    if progress.upstream_seconds is not None:
-        fields["upstream_seconds"] = round(progress.upstream_seconds, 6)
-    if progress.error is not None:
-        fields["error"] = progress.error
+    fields |= _known({"upstream_seconds": _rounded(progress.upstream_seconds), "error": progress.error})
     return fields
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 6)
 
 
 def _known(fields: dict[str, object]) -> dict[str, object]:

@@ -6,15 +6,16 @@ that `increase()` sees the first event.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, PlatformCollector, ProcessCollector
 from prometheus_client import disable_created_metrics as _disable_created_metrics
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
-from trioproxy import errors, priority
+from trioproxy import __version__, errors, priority
 from trioproxy.errors import Outcome, Status
 from trioproxy.events import (
     CapacityChanged,
@@ -39,6 +40,12 @@ UPSTREAM_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 6
 
 TOTAL_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 600, 1200)
 """Seconds: waiting and upstream together."""
+
+FIRST_BYTE_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 600)
+"""Seconds: from a cached answer to the first token after a long wait."""
+
+OVERHEAD_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+"""Seconds: from what the proxy needs to what a slow sender or a busy machine makes of it."""
 
 UPSTREAM_STATUSES = ("2xx", "3xx", "4xx", "429", "5xx", "error")
 PASSED_THROUGH_STATUSES = ("2xx", "3xx", "4xx", "5xx", "error")
@@ -78,16 +85,30 @@ class _DroppedLines(Collector):
 class Metrics:
     """A listener that counts. One registry of its own, so that several can live in one process.
 
-    `dropped_lines` tells how many log lines have been lost.
+    `permits`, `max_queue` and `queue_timeout` (seconds) are the pool's capacity at the start; `clock` is the one that
+    events are timed by; `dropped_lines` tells how many log lines have been lost.
     """
 
-    def __init__(self, permits: int, pool: str = "default", dropped_lines: Callable[[], int] = int) -> None:
+    def __init__(
+        self,
+        permits: int,
+        max_queue: int,
+        queue_timeout: float,
+        *,
+        clock: Callable[[], float],
+        pool: str = "default",
+        dropped_lines: Callable[[], int] = int,
+    ) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         self.registry.register(_DroppedLines(dropped_lines))
         self._pool = pool
+        self._clock = clock
+        self._waiting: dict[ScheduledRequest, float] = {}  # since when, longest first
+        self._define_build()
         self._define_gauges(permits)
+        self._define_queue_gauges(max_queue, queue_timeout)
         self._define_counters()
         self._define_histograms()
         self._handlers: dict[type[Event], Callable[..., None]] = {
@@ -111,8 +132,8 @@ class Metrics:
         """How the gauges, which are folded from events, differ from the scheduler's own numbers, in words."""
         if self._in_use != running:
             yield f"the metrics count {self._in_use} slots in use, the scheduler {running}"
-        if self._queued_now != queued:
-            yield f"the metrics count {self._queued_now} queued requests, the scheduler {queued}"
+        if len(self._waiting) != queued:
+            yield f"the metrics count {len(self._waiting)} queued requests, the scheduler {queued}"
 
     def invariant_violated(self) -> None:
         """Something does not hold although it always must."""
@@ -123,27 +144,44 @@ class Metrics:
         encoder, content_type = choose_encoder(accept)
         return encoder(self.registry), content_type
 
-    def _define_gauges(self, permits: int) -> None:
-        def gauge(name: str, help_text: str, *labels: str) -> Gauge:
-            return Gauge(f"openai_proxy_{name}", help_text, ["pool", *labels], registry=self.registry)
+    def _define_build(self) -> None:
+        build = Info("openai_proxy_build", "What runs: a change marks an update or a rollback.", registry=self.registry)
+        build.info({"version": __version__, "python_version": platform.python_version()})
 
-        self._queue_size = gauge(
-            "queue_size",
-            "Requests waiting for a slot now. Near max_queue for long: add capacity, or send less.",
-        ).labels(self._pool)
-        by_priority = gauge(
-            "queue_size_by_priority", "Requests waiting for a slot now, by level of priority.", "priority_level"
-        )
-        self._queue_size_by_priority = {level: by_priority.labels(self._pool, level) for level in priority.LEVELS}
-        self._available_permits = gauge(
+    def _gauge(self, name: str, help_text: str, *labels: str) -> Gauge:
+        return Gauge(f"openai_proxy_{name}", help_text, ["pool", *labels], registry=self.registry)
+
+    def _define_gauges(self, permits: int) -> None:
+        self._available_permits = self._gauge(
             "available_permits", "Free slots. 0 for long: the upstream is used to the full."
         ).labels(self._pool)
-        self._permits = gauge("permits", "All slots, as limited just now.").labels(self._pool)
+        self._permits = self._gauge("permits", "All slots, as limited just now.").labels(self._pool)
         self._permits.set(permits)
         self._available_permits.set(permits)
         self._in_use = 0
-        self._queued_now = 0
         self._limit = permits
+
+    def _define_queue_gauges(self, max_queue: int, queue_timeout: float) -> None:
+        self._queue_size = self._gauge(
+            "queue_size",
+            "Requests waiting for a slot now. Near max_queue for long: add capacity, or send less.",
+        ).labels(self._pool)
+        by_priority = self._gauge(
+            "queue_size_by_priority", "Requests waiting for a slot now, by level of priority.", "priority_level"
+        )
+        self._queue_size_by_priority = {level: by_priority.labels(self._pool, level) for level in priority.LEVELS}
+        oldest = self._gauge(
+            "queue_oldest_seconds",
+            "For how long the oldest waiting request has waited; 0 if none waits. Near queue_timeout_seconds while the "
+            "queue moves: the least urgent are starved.",
+        )
+        oldest.labels(self._pool).set_function(self._oldest_seconds)
+        self._max_queue = self._gauge(
+            "max_queue", "How many requests may wait. A full queue evicts the least urgent, or rejects."
+        ).labels(self._pool)
+        self._max_queue.set(max_queue)
+        timeout = self._gauge("queue_timeout_seconds", "How long a request may wait before it is turned away.")
+        timeout.labels(self._pool).set(queue_timeout)
 
     def _define_counters(self) -> None:
         def counter(name: str, help_text: str, *labels: str) -> Counter:
@@ -224,10 +262,27 @@ class Metrics:
         self._totals = {
             (level, status): totals.labels(self._pool, level, status) for level in priority.LEVELS for status in Status
         }
+        first_bytes = histogram(
+            "time_to_first_byte",
+            "Seconds from a scheduled request's arrival until the upstream's answer began to reach the client: what "
+            "somebody who watches a streamed answer waits for. Long although the queue is short: look at the upstream.",
+            FIRST_BYTE_BUCKETS,
+            "priority_level",
+        )
+        self._first_bytes = {level: first_bytes.labels(self._pool, level) for level in priority.LEVELS}
+        self._overhead = histogram(
+            "overhead",
+            "Seconds of a scheduled request that neither waiting nor the upstream took: reading it, deciding, "
+            "answering. Growing: the process or the machine is busy, or clients send their requests slowly.",
+            OVERHEAD_BUCKETS,
+        ).labels(self._pool)
+
+    def _oldest_seconds(self) -> float:
+        return max(self._clock() - next(iter(self._waiting.values())), 0.0) if self._waiting else 0.0
 
     def _queued(self, event: Queued) -> None:
-        self._queued_now += 1
-        self._queue_size.set(self._queued_now)
+        self._waiting[event.request] = event.at
+        self._queue_size.set(len(self._waiting))
         self._queue_size_by_priority[event.request.priority_level].inc()
 
     def _started(self, event: Started) -> None:
@@ -237,8 +292,8 @@ class Metrics:
         self._use_slots(+1)
 
     def _leave_queue(self, request: ScheduledRequest) -> None:
-        self._queued_now -= 1
-        self._queue_size.set(self._queued_now)
+        del self._waiting[request]
+        self._queue_size.set(len(self._waiting))
         self._queue_size_by_priority[request.priority_level].dec()
 
     def _use_slots(self, change: int) -> None:
@@ -264,10 +319,15 @@ class Metrics:
             self._rejected[level].inc()
         if event.progress is not None and event.progress.upstream_seconds is not None:
             self._upstream[_upstream_status(event.progress)].observe(event.progress.upstream_seconds)
+        if event.time_to_first_byte_seconds is not None:
+            self._first_bytes[level].observe(event.time_to_first_byte_seconds)
+        if event.overhead_seconds is not None:
+            self._overhead.observe(event.overhead_seconds)
 
     def _capacity_changed(self, event: CapacityChanged) -> None:
         self._limit = event.permits
         self._permits.set(event.permits)
+        self._max_queue.set(event.max_queue)
         self._use_slots(0)
 
     def _passed_through(self, event: PassedThrough) -> None:
