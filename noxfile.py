@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+from pathlib import Path
 
 import nox
 
@@ -47,6 +50,36 @@ def tests(session: nox.Session) -> None:
     """The whole test suite with the newest dependencies."""
     session.install("-e", ".", *group("tests"))
     run_tests(session)
+
+
+def prometheus(session: nox.Session) -> str:
+    """The search path with `prometheus` and `promtool` on it: the machine's, else Debian's, unpacked only."""
+    if shutil.which("prometheus") and shutil.which("promtool"):
+        return os.environ["PATH"]
+    folder = Path(session.create_tmp()) / "prometheus"
+    programs = folder / "usr" / "bin"
+    if not programs.exists():
+        if not shutil.which("apt-get"):
+            session.error("prometheus and promtool are missing: install Prometheus, 2.42 or newer")
+        folder.mkdir(exist_ok=True)
+        with session.chdir(folder):
+            if os.geteuid() == 0:
+                session.run("apt-get", "-q", "update", external=True)
+            session.run("apt-get", "-q", "download", "prometheus", external=True)
+            (package,) = Path().glob("*.deb")
+            session.run("dpkg-deb", "--extract", str(package), ".", external=True)
+    return f"{programs.resolve()}{os.pathsep}{os.environ['PATH']}"
+
+
+@nox.session
+def observability(session: nox.Session) -> None:
+    """The stack in observability/: a real Prometheus, promtool, Grafana's types and grammar."""
+    path = prometheus(session)
+    session.install("-e", ".", *group("observability"))
+    with session.chdir("observability/tests"):
+        session.run("npm", "ci")
+    path = os.pathsep.join([str(Path(session.bin)), path])
+    session.run("pytest", "observability/tests", *session.posargs, env={"PATH": path})
 
 
 @nox.session
