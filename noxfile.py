@@ -98,6 +98,14 @@ def lowest(session: nox.Session) -> None:
 
 
 @nox.session
+def bench(session: nox.Session) -> None:
+    """The quick benchmarks: a few minutes, ratios to the obvious proxy. What misses its mark is shown, not failed."""
+    session.install("-e", ".", *group("tests"))
+    for script in ("deciding.py",), ("waiting.py", "--waiting", "2000"), ("relay.py", "--rounds", "5"), ("urgent.py",):
+        session.run("python", f"bench/{script[0]}", *script[1:], success_codes=[0, 1])
+
+
+@nox.session
 def soak(session: nox.Session) -> None:
     """Endurance: ten minutes of random load and random faults, then nothing may be left; ``-- --seconds 60`` etc."""
     session.install("-e", ".", *group("tests"))
