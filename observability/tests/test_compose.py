@@ -232,6 +232,10 @@ class Limits(Strict):
     discover_service_name: list[str]
 
 
+class Ingester(Strict):
+    max_chunk_age: Literal["336h"]
+
+
 class Compactor(Strict):
     working_directory: str
     retention_enabled: Literal[True]
@@ -247,6 +251,7 @@ class Loki(Strict):
     common: Common
     schema_config: Schema
     limits_config: Limits
+    ingester: Ingester
     compactor: Compactor
 
 
@@ -285,6 +290,43 @@ def test_both_shippers_do_the_same() -> None:
         assert mounts(name)[str(Path(path).parent)] == "../logs"
 
 
+ALLOY_ARGUMENTS = {
+    "loki.source.file": {"targets", "forward_to"},
+    "file_match": {"enabled", "sync_period"},
+    "loki.process": {"forward_to"},
+    "stage.json": {"expressions"},
+    "stage.timestamp": {"source", "format"},
+    "stage.labels": {"values"},
+    "stage.label_keep": {"values"},
+    "loki.write": set[str](),
+    "endpoint": {"url", "max_backoff_retries"},
+}
+"""What Alloy 1.19 knows of what is used here: https://grafana.com/docs/alloy/latest/reference/components/loki/."""
+
+
+def test_alloy_gets_nothing_that_it_does_not_know() -> None:
+    open_blocks: list[str] = []
+    found: dict[str, set[str]] = {}
+    for line in re.sub(r"^\s*//.*$", "", ALLOY, flags=re.M).splitlines():
+        if block := re.fullmatch(r"\s*([\w.]+)( \"\w+\")? \{", line):
+            open_blocks.append(block[1])
+            found[block[1]] = set()
+        elif line.strip() == "}":
+            open_blocks.pop()
+        elif argument := re.fullmatch(r"\s*(\w+)\s*= .+", line):
+            found[open_blocks[-1]].add(argument[1])
+        else:
+            assert not line.strip()
+    assert not open_blocks
+    assert found == ALLOY_ARGUMENTS
+
+
+def test_the_shippers_wait_for_loki_without_end() -> None:
+    assert re.search(r"\bmax_backoff_retries = 0$", ALLOY, re.M)
+    assert PROMTAIL["clients"][0]["backoff_config"] == {"max_retries": 0}
+    assert PROMTAIL["server"]["health_check_target"] is False
+
+
 def test_the_shippers_listen_where_their_health_is_asked() -> None:
     checks = {name: SERVICES[name]["healthcheck"]["test"][-1] for name in SHIPPERS}
     assert "--server.http.listen-addr=127.0.0.1:12345" in SERVICES["alloy"]["command"]
@@ -301,8 +343,7 @@ def test_grafana_asks_the_servers_that_are_there() -> None:
     (provider,) = load_yaml("grafana/provisioning/dashboards/dashboards.yml")["providers"]
     assert provider["allowUiUpdates"] is True
     assert mounts("grafana")[provider["options"]["path"]] == "./grafana/dashboards"
-    home = SERVICES["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
-    assert (STACK / "grafana" / "dashboards" / Path(home).name).exists()
+    assert SERVICES["grafana"]["environment"]["GF_USERS_HOME_PAGE"] == f"/d/{load_dashboard()['uid']}"
 
 
 def test_grafana_lets_nobody_in_and_calls_nobody() -> None:

@@ -97,8 +97,15 @@ class Client:
         assert await self.ask(numbers[-1], "hang", timeout="0.05") == 504
         if self.bugs:
             assert await self.ask(numbers[-1], query="?bug") == 500
-        with trio.move_on_after(0.05):
-            await self.ask(numbers[-1], "hang")
+        await self._ask_and_leave(numbers[-1])
+
+    async def _ask_and_leave(self, number: int) -> None:
+        url = self.http.base_url
+        assert url.port is not None
+        async with await trio.open_tcp_stream(url.host, url.port) as stream:
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {url.host}\r\nX-Priority: {number}\r\n"
+            await stream.send_all(f"{head}X-Behave: hang\r\nContent-Length: 2\r\n\r\n{{}}".encode())
+            await trio.sleep(0.05)
 
     async def _crowd(self, numbers: list[int]) -> None:
         """Fill slots and queue, so that one is rejected, one evicted, and the others wait."""
