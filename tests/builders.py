@@ -59,6 +59,7 @@ MESSAGE_FACTS: dict[str, dict[str, object]] = {
     "upstream_protocol_error": {"upstream": "https://api.example", "reason": "no status line"},
     "queue_full": {"permits": 11, "queued": 97, "max_queue": 98, "priority": 42},
     "shutting_down": {},
+    "too_many_websockets": {"limit": 96},
     "evicted": {"max_queue": 98, "waited": 12.345, "priority": 42},
     "queue_timeout": {"limit": 299, "priority": 42},
     "deadline_exceeded": {"limit": 2.5},

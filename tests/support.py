@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ LAST_CHUNK = b"0\r\n\r\n"
 class Call:
     """A request as the upstream received it, and its end of the connection."""
 
-    stream: trio.abc.HalfCloseableStream
+    stream: trio.abc.Stream
     method: str
     target: str
     headers: list[tuple[str, str]]
@@ -60,9 +61,13 @@ class Call:
 
 
 class Upstream:
-    """A scripted HTTP/1.1 server: every request is handed to the test, which answers it as it likes."""
+    """A scripted HTTP/1.1 server: every request is handed to the test, which answers it as it likes.
 
-    def __init__(self) -> None:
+    With `tls` it is served over TLS.
+    """
+
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+        self._tls = tls
         self.calls: list[Call] = []
         """Every request, in order of arrival."""
         self.connections = 0
@@ -89,11 +94,16 @@ class Upstream:
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Listen on a free port of the loopback interface."""
         listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
-        self.url = f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}/v1"
+        scheme = "http" if self._tls is None else "https"
+        self.url = f"{scheme}://127.0.0.1:{listeners[0].socket.getsockname()[1]}/v1"
         task_status.started()
-        await trio.serve_listeners(self._connection, listeners)
+        await trio.serve_listeners(self._connection if self._tls is None else self._tls_connection, listeners)
 
-    async def _connection(self, stream: trio.abc.HalfCloseableStream) -> None:
+    async def _tls_connection(self, stream: trio.SocketStream) -> None:
+        assert self._tls is not None
+        await self._connection(trio.SSLStream(stream, self._tls, server_side=True))
+
+    async def _connection(self, stream: trio.abc.Stream) -> None:
         self.connections += 1
         self.open_connections += 1
         buffer = b""
@@ -221,9 +231,9 @@ class Proxy:
 
 
 @asynccontextmanager
-async def running_upstream() -> AsyncIterator[Upstream]:
+async def running_upstream(tls: ssl.SSLContext | None = None) -> AsyncIterator[Upstream]:
     """A scripted upstream on a free port."""
-    upstream = Upstream()
+    upstream = Upstream(tls)
     async with trio.open_nursery() as nursery:
         await nursery.start(upstream.serve)
         yield upstream
@@ -232,9 +242,16 @@ async def running_upstream() -> AsyncIterator[Upstream]:
 
 @asynccontextmanager
 async def running_proxy(
-    upstream_url: str, listeners: tuple[Listener, ...] = (), /, **settings: dict[str, Any]
+    upstream_url: str,
+    listeners: tuple[Listener, ...] = (),
+    trust: ssl.SSLContext | None = None,
+    /,
+    **settings: dict[str, Any],
 ) -> AsyncIterator[Proxy]:
-    """The proxy, served as `trioproxy serve` does, on a free port; sections of the settings as keywords."""
+    """The proxy, served as `trioproxy serve` does, on a free port; sections of the settings as keywords.
+
+    `trust`: what its client accepts, if the proxy is served over TLS.
+    """
     sections: dict[str, dict[str, Any]] = {
         "server": {"bind": "127.0.0.1:0", "shutdown_grace": 0.5},
         "upstream": {"base_url": upstream_url},
@@ -247,7 +264,8 @@ async def running_proxy(
     server = Server(app, parsed)
     async with trio.open_nursery() as nursery:
         (address,) = await nursery.start(lambda task_status: server.run(task_status=task_status))
-        async with httpx.AsyncClient(base_url=address, timeout=10, trust_env=False) as client:
+        verify = trust or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        async with httpx.AsyncClient(base_url=address, timeout=10, trust_env=False, verify=verify) as client:
             proxy = Proxy(app, server, address, int(address.rpartition(":")[2]), client, recorder)
             try:
                 yield proxy

@@ -2,11 +2,19 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+import ssl
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+import trustme
 import yaml
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    load_pem_private_key,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import SecretStr, ValidationError
@@ -29,8 +37,9 @@ def write(tmp_path: Path) -> Write:
 
 
 def value_of(settings: Settings, key: str) -> object:
-    section, _, name = key.partition(".")
-    found: object = getattr(getattr(settings, section), name)
+    found: object = settings
+    for name in key.split("."):
+        found = getattr(found, name)
     return found
 
 
@@ -69,6 +78,10 @@ DEFAULTS: dict[str, dict[str, object]] = {
         "shutdown_grace": 30.0,
         "backlog": 2048,
         "keep_alive_timeout": 75.0,
+        "max_websockets": 100,
+        "websocket_idle_timeout": 3600.0,
+        "websocket_max_message_size": 16_777_216,
+        "tls": {"cert": None, "key": None},
     },
     "upstream": {
         "base_url": "https://api.openai.com/v1",
@@ -78,6 +91,9 @@ DEFAULTS: dict[str, dict[str, object]] = {
         "idle_timeout": 600.0,
         "request_timeout": None,
         "keep_alive_expiry": 30.0,
+        "ca_file": None,
+        "client_cert": None,
+        "client_key": None,
     },
     "scheduler": {
         "concurrency": 10,
@@ -88,7 +104,17 @@ DEFAULTS: dict[str, dict[str, object]] = {
     },
     "logging": {"level": "info", "format": None, "file": None},
 }
-KEYS = [f"{section}.{key}" for section, keys in DEFAULTS.items() for key in keys]
+
+
+def dotted(section: Mapping[str, object], prefix: str = "") -> Iterator[str]:
+    for name, value in section.items():
+        if isinstance(value, dict) and value:
+            yield from dotted(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+KEYS = list(dotted(DEFAULTS))
 
 
 def test_without_anything_the_defaults_hold() -> None:
@@ -182,6 +208,9 @@ TEXTS = [
     ("server.max_body_size", "2kB", 2000),
     ("server.max_body_size", "1TiB", 2**40),
     ("server.backlog", "1", 1),
+    ("server.max_websockets", "0", 0),
+    ("server.websocket_idle_timeout", "2h", 7200.0),
+    ("server.websocket_max_message_size", "32MiB", 33_554_432),
     ("scheduler.concurrency", "4", 4),
     ("scheduler.concurrency", "010", 10),
     ("scheduler.max_queue", "0", 0),
@@ -498,6 +527,12 @@ def test_impossible_file_names() -> None:
     assert only_refusal(None, {"TRIOPROXY_CONFIG": ""}) == "(named by TRIOPROXY_CONFIG): the name of the file is empty"
 
 
+def test_an_inner_section_must_be_a_mapping(write: Write) -> None:
+    path = write("server:\n  tls: 5")
+    assert only_refusal(path) == f"server.tls: must be a mapping of keys, not '5' (file {path}, line 2)"
+    assert load(write("server:\n  tls:\n"), {}) == load(write("server: {tls: {cert: null}}"), {}) == Settings()
+
+
 @pytest.mark.parametrize("section", ["server", "scheduler", "logging"])
 def test_a_section_must_be_a_mapping(write: Write, section: str) -> None:
     path = write(f"# first\n{section}: 5")
@@ -545,6 +580,9 @@ def test_documents_that_contain_themselves_are_refused(write: Write, content: st
         ("concurrency: 3", "concurrency", "; did you mean scheduler.concurrency?"),
         ("upstream: {queue_timeout: 3}", "upstream.queue_timeout", "; did you mean scheduler.queue_timeout?"),
         ("server: {xyzzy: 3}", "server.xyzzy", ""),
+        ("server: {tsl: {}}", "server.tsl", "; did you mean server.tls?"),
+        ("server: {tls: {crt: a}}", "server.tls.crt", "; did you mean server.tls.cert?"),
+        ("tls: {cert: a}", "tls", "; did you mean server.tls?"),
         ("keys: [{name: web, key: k}]", "keys", ""),
         ("keys:\n", "keys", ""),
         ("server: {<<: {bind: a:1}}", "server.<<", ""),
@@ -717,6 +755,96 @@ def test_all_problems_of_all_sources_come_at_once(write: Write) -> None:
 
 def test_an_unusable_file_does_not_hide_the_environments_problems(tmp_path: Path) -> None:
     assert len(refusal(tmp_path, {"TRIOPROXY_XYZZY": "1", "TRIOPROXY_LOGGING__LEVEL": "loud"})) == 3
+
+
+# Certificates and keys
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two certificates and their keys, and some files that are neither."""
+    folder = tmp_path_factory.mktemp("files")
+    ca = trustme.CA()
+    for name in ("a", "b"):
+        issued = ca.issue_cert(f"{name}.test")
+        issued.private_key_pem.write_to_path(str(folder / f"{name}.key"))
+        issued.cert_chain_pems[0].write_to_path(str(folder / f"{name}.pem"))
+    issued.private_key_and_cert_chain_pem.write_to_path(str(folder / "both.pem"))
+    plain = load_pem_private_key((folder / "a.key").read_bytes(), None)
+    secret = BestAvailableEncryption(b"passphrase")
+    (folder / "locked.key").write_bytes(plain.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, secret))
+    (folder / "junk").write_text(SECRET)
+    (folder / "empty").write_text("")
+    return folder
+
+
+PAIRS = [("server.tls.cert", "server.tls.key"), ("upstream.client_cert", "upstream.client_key")]
+
+
+@pytest.mark.parametrize(("cert_key", "key_key"), PAIRS)
+def test_a_certificate_and_its_key_are_accepted(files: Path, cert_key: str, key_key: str) -> None:
+    for cert, key in (("a.pem", "a.key"), ("both.pem", "both.pem")):
+        settings = load(None, {variable(cert_key): str(files / cert), variable(key_key): str(files / key)})
+        assert (value_of(settings, cert_key), value_of(settings, key_key)) == (files / cert, files / key)
+
+
+@pytest.mark.parametrize(("cert_key", "key_key"), PAIRS)
+@pytest.mark.parametrize(
+    ("cert", "key", "wrong", "complaint"),
+    [
+        ("nope", "a.key", "cert", "which cannot be read: No such file or directory"),
+        (".", "a.key", "cert", "which cannot be read: Is a directory"),
+        ("a.key", "a.key", "cert", "which has no usable certificate in PEM form"),
+        ("empty", "a.key", "cert", "which has no usable certificate in PEM form"),
+        ("a.pem", "nope", "key", "which cannot be read: No such file or directory"),
+        ("a.pem", "junk", "key", "which has no usable private key in PEM form"),
+        ("a.pem", "a.pem", "key", "which has no usable private key in PEM form"),
+        ("a.pem", "locked.key", "key", "which is encrypted: it must be there without a passphrase"),
+        ("a.pem", "b.key", "key", "which is not the key of the certificate in {a.pem}"),
+    ],
+)
+def test_unusable_certificates_and_keys_are_refused(
+    files: Path, write: Write, cert_key: str, key_key: str, cert: str, key: str, wrong: str, complaint: str
+) -> None:
+    config = write("")
+    section, _, name = cert_key.rpartition(".")
+    text = f"{{{name}: {files / cert}, {key_key.rpartition('.')[2]}: {files / key}}}"
+    for part in reversed(section.split(".")):
+        text = f"{{{part}: {text}}}"
+    config.write_text(text)
+    subject, path = (cert_key, files / cert) if wrong == "cert" else (key_key, files / key)
+    line = only_refusal(config)
+    complaint = complaint.replace("{a.pem}", str(files / "a.pem"))
+    assert line == f"{subject}: must be a PEM file, not '{path}', {complaint} (file {config}, line 1)"
+    assert SECRET not in line
+
+
+@pytest.mark.parametrize(("cert_key", "key_key"), PAIRS)
+def test_a_certificate_needs_its_key_and_the_other_way_round(files: Path, cert_key: str, key_key: str) -> None:
+    for present, missing in ((cert_key, key_key), (key_key, cert_key)):
+        line = only_refusal(None, {variable(present): str(files / "both.pem")})
+        assert line == f"{missing}: is missing: {present} needs it (environment variable {variable(present)})"
+
+
+def test_a_file_of_cas(files: Path) -> None:
+    assert load(None, {}, {"upstream.ca_file": str(files / "a.pem")}).upstream.ca_file == files / "a.pem"
+    line = only_refusal(None, {}, {"upstream.ca_file": str(files / "junk")})
+    assert line.startswith(f"upstream.ca_file: must be a PEM file, not '{files / 'junk'}', which has no usable cert")
+    assert line.endswith("(the command line)")
+
+
+def test_a_certificate_that_openssl_does_not_take_is_refused_with_its_reason(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        error = ssl.SSLError()
+        error.reason = "EE_KEY_TOO_SMALL"
+        raise error
+
+    monkeypatch.setattr(ssl.SSLContext, "load_cert_chain", refuse)
+    both = str(files / "both.pem")
+    line = only_refusal(None, {}, {"server.tls.cert": both, "server.tls.key": both})
+    assert f"which OpenSSL does not take together with {both}: ee key too small" in line
 
 
 # Secrets

@@ -25,6 +25,7 @@ REFUSALS = [
     (502, "upstream_protocol_error", "upstream_protocol_error", "1 s", "failed", "upstream_error"),
     (503, "queue_full", "queue_full", "measured", "rejected", "rejected"),
     (503, "shutting_down", "shutting_down", "measured", "rejected", "rejected"),
+    (503, "too_many_websockets", "too_many_websockets", "measured", "rejected", "rejected"),
     (503, "evicted", "evicted", "measured", "evicted", "evicted"),
     (504, "queue_timeout", "queue_timeout", "never", "timeout", "timeout"),
     (504, "deadline_exceeded", "deadline_exceeded", "never", "timeout", "timeout"),

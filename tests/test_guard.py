@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 import trio
+import trio.testing
 from trio.testing import MockClock
 
 from trioproxy.server import Activity, GuardedStream
@@ -145,3 +146,74 @@ async def test_a_closed_socket_is_a_broken_one() -> None:
     with pytest.raises(trio.BrokenResourceError):
         await stream.send_all(b"x")
     theirs.close()
+
+
+async def pair() -> tuple[GuardedStream, trio.SocketStream]:
+    """A guarded socket and the client's end of it."""
+    ours, theirs = socket.socketpair()
+    guard = GuardedStream(trio.SocketStream(trio.socket.from_stdlib_socket(ours)), 60, Activity())
+    return guard, trio.SocketStream(trio.socket.from_stdlib_socket(theirs))
+
+
+async def test_what_is_sent_is_overheard_from_its_beginning() -> None:
+    guard, client = await pair()
+    heard: list[bytes] = []
+    guard.overhear(heard.append)
+    await guard.send_all(b"x" * 1000)
+    guard.encrypted = True
+    await guard.send_all(b"y")
+    assert heard == [b"x" * 256]
+    await guard.aclose()
+    await client.aclose()
+
+
+async def test_what_is_held_back_comes_once_it_is_let_through() -> None:
+    guard, client = await pair()
+    guard.hold_back()
+    await client.send_all(b"early")
+    received: list[bytes] = []
+
+    async def receive() -> None:
+        received.append(await guard.receive_some())
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(receive)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert received == []
+        guard.let_through()
+    assert received == [b"early"]
+    await client.send_all(b"more")
+    assert await guard.receive_some() == b"more"
+    await guard.aclose()
+    await client.aclose()
+
+
+async def test_what_is_thrown_away_never_comes_but_the_end_does() -> None:
+    guard, client = await pair()
+    left = trio.Event()
+    guard.watch(left.set)
+    guard.hold_back()
+    await client.send_all(b"early")
+    received: list[bytes] = []
+
+    async def receive() -> None:
+        received.append(await guard.receive_some())
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(receive)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        guard.throw_away()
+        await client.send_all(b"more")
+        await client.aclose()
+    assert received == [b""]
+    assert left.is_set()
+    await guard.aclose()
+
+
+async def test_a_connection_that_ends_with_a_reset_says_nothing_more() -> None:
+    guard, client = await pair()
+    guard.reset_on_close()
+    with pytest.raises(trio.BrokenResourceError):
+        await guard.send_all(b"a notice that it closes")
+    await guard.aclose()
+    await client.aclose()

@@ -27,8 +27,9 @@ ROOMS: dict[str, set[str]] = {
     "priority": set(),
     "body": set(),
     "routes": set(),
+    "certificates": set(),
     # The page's table.
-    "config": set(),
+    "config": {"certificates"},  # whether the files that it names can be used is said before anything starts
     "errors": set(),
     "events": {"errors", "priority"},  # an event tells how a request ended, and a priority has a level
     "request": {"config", "errors", "body", "priority"},
@@ -40,6 +41,9 @@ ROOMS: dict[str, set[str]] = {
     "upstream": {"config", "errors", "events"},
     "relay": {"request", "scheduler", "upstream", "errors", "events"},
     "connection": {"relay", "request", "errors"},
+    "websocket_upstream": {"upstream", "errors"},
+    "websocket": {"request", "scheduler", "upstream", "websocket_upstream", "errors", "events"},
+    "websocket_connection": {"connection", "websocket", "websocket_upstream", "request", "errors"},
     "server": {"config", "app", "connection"},
     "observe": {"events", "errors", "priority"},
     "admin": {"scheduler", "observe", "upstream"},  # readiness asks whether the upstream is known to be out
@@ -163,7 +167,7 @@ def test_the_scheduler_decides_without_trio_http_and_log(module: str) -> None:
         assert not FOREIGN_IMPORTS[reached] & {"trio", "httpx", "structlog"}, reached
 
 
-@pytest.mark.parametrize("module", ["errors", "events", "priority", "body", "routes", "request"])
+@pytest.mark.parametrize("module", ["certificates", "errors", "events", "priority", "body", "routes", "request"])
 def test_what_only_reads_and_tells_is_pure(module: str) -> None:
     assert not FOREIGN_IMPORTS[module] & {"trio", "httpx", "structlog", "quart", "quart_trio", "hypercorn"}
 

@@ -582,3 +582,62 @@ def test_a_refusal_before_scheduling_tells_no_wait() -> None:
 def test_a_rejection_tells_a_wait_of_none() -> None:
     _, fields, _ = request.refusal(happened(QUEUE_FULL, queue_seconds=0.0), "req_ours", 0.5)
     assert (b"server-timing", b"queue;dur=0.000") in fields
+
+
+def websocket_head(*fields: tuple[str, str]) -> request.Head:
+    upgrade = [
+        ("Connection", "keep-alive, Upgrade, X-Hop"),
+        ("Upgrade", "websocket"),
+        ("Sec-WebSocket-Key", "theirs"),
+        ("Sec-WebSocket-Version", "13"),
+        ("Sec-WebSocket-Extensions", "permessage-deflate"),
+        ("Sec-WebSocket-Protocol", "realtime"),
+        ("X-Hop", "1"),
+        ("X-Priority", "high"),
+        ("Transfer-Encoding", "chunked"),
+    ]
+    return head("/v1/realtime", [*upgrade, *fields], method="GET")
+
+
+def test_a_websocket_handshake_is_made_anew_but_for_what_goes_from_end_to_end() -> None:
+    told = websocket_head(("Cookie", "a"), ("Cookie", "b"), ("Authorization", "Bearer mine"))
+    fields = request.websocket_headers(
+        told, host=b"upstream", authorization=None, key=b"ours", subprotocols=["realtime", "other"]
+    )
+    assert fields == [
+        (b"Host", b"upstream"),
+        (b"Cookie", b"a"),
+        (b"Cookie", b"b"),
+        (b"Authorization", b"Bearer mine"),
+        (b"Connection", b"Upgrade"),
+        (b"Upgrade", b"websocket"),
+        (b"Sec-WebSocket-Key", b"ours"),
+        (b"Sec-WebSocket-Version", b"13"),
+        (b"Sec-WebSocket-Protocol", b"realtime, other"),
+    ]
+    replaced = request.websocket_headers(
+        told, host=b"upstream", authorization=b"Bearer ours", key=b"ours", subprotocols=[]
+    )
+    assert [value for name, value in replaced if name == b"Authorization"] == [b"Bearer ours"]
+    assert b"Sec-WebSocket-Protocol" not in dict(replaced)
+
+
+def test_credentials_in_subprotocols_are_taken_out() -> None:
+    offered = ["realtime", "openai-insecure-api-key.sk", "openai-organization.o", "openai-project.p", "openai-beta.x"]
+    assert request.without_credentials(offered) == ["realtime", "openai-beta.x"]
+
+
+def test_an_accepted_handshake_is_passed_on_but_for_what_is_the_connections() -> None:
+    upstream = [
+        (b"Upgrade", b"websocket"),
+        (b"Connection", b"Upgrade"),
+        (b"Sec-WebSocket-Accept", b"x"),
+        (b"Sec-WebSocket-Protocol", b"realtime"),
+        (b"Content-Length", b"0"),
+        (b"Set-Cookie", b"a"),
+    ]
+    assert request.accepted_headers(upstream, "req_1") == [
+        (b"Set-Cookie", b"a"),
+        (b"x-request-id", b"req_1"),
+        (b"x-trioproxy-request-id", b"req_1"),
+    ]

@@ -545,7 +545,7 @@ async def test_one_connections_failure_does_not_end_the_process(
     async with running_proxy(upstream.url) as proxy:
         stream = await proxy.connect()
         await stream.send_all(
-            b"GET /v1/realtime HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+            b"GET /realtime HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
             b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
         )
         with trio.fail_after(2):

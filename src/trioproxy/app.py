@@ -33,6 +33,8 @@ from trioproxy.relay import Relay
 from trioproxy.routes import RouteTable
 from trioproxy.scheduler import FixedLimit, Scheduler
 from trioproxy.upstream import Upstream
+from trioproxy.websocket import Places, Session
+from trioproxy.websocket_connection import Handshake, WebSocket, WebSocketConnection
 
 log = structlog.get_logger()
 
@@ -66,6 +68,7 @@ class Proxy:
         self.upstream = upstream or Upstream(settings.upstream)
         self.routes = RouteTable(limits.routes)
         self.probes = Probes(self.scheduler, self.upstream)
+        self.websockets = Places(settings.server.max_websockets)
 
     async def relay(self, exchange: Exchange) -> Relay | Response:
         """What to do about a request under `/v1/`: hand it over, or say what is wrong with it."""
@@ -82,7 +85,26 @@ class Proxy:
             return self.refuse(exchange, error)
         return relay
 
-    def refuse(self, exchange: Exchange, error: ProxyError) -> Response:
+    def session(self, handshake: Handshake) -> Session | Response:
+        """What to do about a WebSocket's handshake under `/v1/`: hand it over, or say what is wrong with it."""
+        try:
+            request.check(handshake.head)
+        except ProxyError as error:
+            return self.refuse(handshake, error)
+        limits = self.settings.server
+        return Session(
+            head=handshake.head,
+            facts=self._facts(handshake),
+            subprotocols=handshake.subprotocols,
+            places=self.websockets,
+            scheduler=self.scheduler,
+            upstream=self.upstream,
+            publisher=self.publisher,
+            idle_timeout=limits.websocket_idle_timeout,
+            max_message_size=limits.websocket_max_message_size,
+        )
+
+    def refuse(self, exchange: Exchange | Handshake, error: ProxyError) -> Response:
         """Answer a request that is not going to be scheduled, and say so to the listeners."""
         self.publisher.publish(Refused(self._facts(exchange), trio.current_time(), error.ending, str(error)))
         return _response(error, exchange.head.request_id)
@@ -109,7 +131,7 @@ class Proxy:
             self._failed_listeners.add(id(listener))
             log.error("a listener failed", listener=repr(listener), exc_info=error, error=repr(error))
 
-    def _facts(self, exchange: Exchange) -> RequestFacts:
+    def _facts(self, exchange: Exchange | Handshake) -> RequestFacts:
         head = exchange.head
         return RequestFacts(
             request_id=head.request_id,
@@ -169,6 +191,8 @@ class ProxyApp(QuartTrio):
 
     asgi_http_class = Connection
     request_class = Request
+    asgi_websocket_class = WebSocketConnection  # type: ignore[assignment]
+    websocket_class = WebSocket
     proxy: Proxy
 
     def create_url_adapter(self, request: BaseRequestWebsocket | None) -> MapAdapter | None:
@@ -216,12 +240,21 @@ def _register_handlers(app: ProxyApp, proxy: Proxy) -> None:
     def current_exchange() -> Exchange:
         return cast(Request, quart_request._get_current_object()).exchange  # type: ignore[attr-defined]
 
+    def current_handshake() -> Handshake:
+        return cast(WebSocket, websocket._get_current_object()).handshake  # type: ignore[attr-defined]
+
     # Without a list of methods a rule matches every one, custom ones too.
     app.url_map.add(app.url_rule_class("/v1<rest:rest>", endpoint="v1", methods=None))
 
     @app.endpoint("v1")
     async def v1(rest: str) -> Response:
         return await proxy.relay(current_exchange())
+
+    app.url_map.add(app.url_rule_class("/v1<rest:rest>", endpoint="v1-websocket", methods=None, websocket=True))
+
+    @app.endpoint("v1-websocket")
+    async def v1_websocket(rest: str) -> Response:
+        return proxy.session(current_handshake())
 
     @app.get("/health")
     async def health() -> dict[str, object]:
@@ -239,10 +272,7 @@ def _register_handlers(app: ProxyApp, proxy: Proxy) -> None:
 
     @app.errorhandler(HTTPException)
     async def http_error(error: HTTPException) -> Response:
-        if not has_request_context():
-            path, request_id = websocket.path, request.new_request_id()
-            return _response(ProxyError(errors.NOT_FOUND, method="GET", path=path), request_id)
-        exchange = current_exchange()
+        exchange = current_exchange() if has_request_context() else current_handshake()
         if isinstance(error, InternalServerError):
             request_id = exchange.head.request_id
             log.error("internal error", request_id=request_id, exc_info=error.original_exception, error=repr(error))

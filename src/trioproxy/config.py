@@ -3,8 +3,8 @@
 Values are first gathered from all sources by dotted key (``scheduler.concurrency``), each with its origin, the later
 source winning; then the models below judge them in one go, and every problem becomes one line of one `ConfigError`.
 
-This module knows what a setting may be, not what it is used for: it imports nothing else from the project, opens no
-socket and no file but the configuration file, and never puts a secret into a text.
+This module knows what a setting may be, not what it is used for: it opens no socket, no file but the configuration file
+and the certificates and keys that are named in it, and never puts a secret into a text.
 """
 
 import difflib
@@ -15,11 +15,13 @@ from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
-from typing import Annotated, Final, Literal, NamedTuple
+from typing import Annotated, Final, Literal, NamedTuple, cast
 from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, SecretStr, ValidationError
+
+from trioproxy.certificates import certificates_complaint, key_complaint
 
 __all__ = [
     "ConfigError",
@@ -27,6 +29,7 @@ __all__ = [
     "SchedulerSettings",
     "ServerSettings",
     "Settings",
+    "TlsSettings",
     "UpstreamSettings",
     "describe",
     "load",
@@ -161,7 +164,7 @@ def _format(value: object) -> object:
     return value
 
 
-def _log_file(value: object) -> Path | None:
+def _file(value: object) -> Path | None:
     if value is None:
         return None
     text = str(value) if isinstance(value, str | Path) else ""
@@ -287,6 +290,16 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, use_attribute_docstrings=True)
 
 
+class TlsSettings(_Section):
+    """``server.tls``: with both, clients are served over TLS, and HTTP/2 to those that ask for it; both or neither."""
+
+    cert: Annotated[Path | None, BeforeValidator(_file)] = None
+    """A PEM file: the server's certificate and those between it and a CA, in this order."""
+
+    key: Annotated[Path | None, BeforeValidator(_file)] = None
+    """A PEM file: the certificate's private key, without a passphrase."""
+
+
 class ServerSettings(_Section):
     """``server``: where to listen, and how long and how much the proxy puts up with from its clients."""
 
@@ -307,6 +320,17 @@ class ServerSettings(_Section):
 
     keep_alive_timeout: _Duration = 75.0
     """Seconds, above 0, that an idle client connection is kept open."""
+
+    max_websockets: Annotated[int, _whole_number(0)] = 100
+    """WebSocket sessions at once; 0: none."""
+
+    websocket_idle_timeout: _Duration = 3600.0
+    """Seconds, above 0, that a WebSocket session may go on without a message either way."""
+
+    websocket_max_message_size: Annotated[int, BeforeValidator(_size)] = 16 * 2**20
+    """Bytes (of a text: characters), above 0: the biggest WebSocket message."""
+
+    tls: TlsSettings = TlsSettings()
 
 
 class UpstreamSettings(_Section):
@@ -332,6 +356,15 @@ class UpstreamSettings(_Section):
 
     keep_alive_expiry: _Duration = 30.0
     """Seconds, above 0, that an idle upstream connection is kept open."""
+
+    ca_file: Annotated[Path | None, BeforeValidator(_file)] = None
+    """A PEM file of the CAs that the upstream's certificate may come from, instead of the public ones; None: those."""
+
+    client_cert: Annotated[Path | None, BeforeValidator(_file)] = None
+    """A PEM file: the certificate by which the upstream knows the proxy; None: it does not ask. Needs `client_key`."""
+
+    client_key: Annotated[Path | None, BeforeValidator(_file)] = None
+    """A PEM file: the client certificate's private key, without a passphrase."""
 
 
 class SchedulerSettings(_Section):
@@ -363,7 +396,7 @@ class LoggingSettings(_Section):
     format: Annotated[Literal["json", "console"] | None, BeforeValidator(_format)] = None
     """None: console on a terminal, json elsewhere."""
 
-    file: Annotated[Path | None, BeforeValidator(_log_file)] = None
+    file: Annotated[Path | None, BeforeValidator(_file)] = None
     """Also log to this file, always as JSON; None: to none."""
 
 
@@ -383,7 +416,17 @@ def describe(settings: Settings) -> dict[str, object]:
 
 # Where values come from.
 
-_DOTTED: Final = tuple(f"{name}.{key}" for name, section in Settings() for key, _ in section)
+
+def _dotted(section: BaseModel, prefix: str = "") -> Iterator[str]:
+    for name, value in section:
+        if isinstance(value, BaseModel):
+            yield from _dotted(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+_DOTTED: Final = tuple(_dotted(Settings()))
+_INNER_SECTIONS: Final = {key.rpartition(".")[0] for key in _DOTTED} - set(Settings.model_fields)
 _PREFIX: Final = "TRIOPROXY_"
 _FILE_VARIABLE: Final = "TRIOPROXY_CONFIG"
 _ONLY_IN_FILE: Final = "scheduler.routes"
@@ -413,7 +456,10 @@ class _Gathered:
     def complain_unknown(self, key: str, origin: str) -> None:
         section, _, name = key.rpartition(".")
         # By the last part alone, a misplaced key is found too; where two sections share one, its own section wins.
-        known = {each.rpartition(".")[2]: each for each in sorted(_DOTTED, key=lambda each: each.startswith(section))}
+        # What is in an inner section can only be meant near it.
+        near = f"{section}."
+        keys = [each for each in (*_INNER_SECTIONS, *_DOTTED) if each.count(".") == 1 or each.startswith(near)]
+        known = {each.rpartition(".")[2]: each for each in sorted(keys, key=lambda each: each.startswith(section))}
         known |= {} if section else {each: each for each in Settings.model_fields}
         close = [known[each] for each in difflib.get_close_matches(name, known, n=1)]
         self.complain(key, f"unknown key{_did_you_mean(close)}", origin)
@@ -500,23 +546,28 @@ class _File:
         for section, node, origin in self._entries(root, ""):
             if section not in Settings.model_fields:
                 self._gathered.complain_unknown(section, origin)
-            elif isinstance(node, yaml.MappingNode):
-                self._read_section(section, node)
-            elif node.tag != _NULL:
+            else:
+                self._read_section(section, node, origin)
+
+    def _read_section(self, section: str, node: yaml.Node, origin: str) -> None:
+        if not isinstance(node, yaml.MappingNode):
+            if node.tag != _NULL:
                 # Text in the place of upstream's keys may be its api_key.
                 showable = isinstance(node, yaml.ScalarNode) and section != "upstream"
                 shown = f", not {_shown(node.value)}" if showable else ""
                 self._gathered.complain(section, f"must be a mapping of keys{shown}", origin)
-
-    def _read_section(self, section: str, node: yaml.MappingNode) -> None:
-        for key, child, origin in self._entries(node, f"{section}."):
+            return
+        for key, child, at in self._entries(node, f"{section}."):
+            if key in _INNER_SECTIONS:
+                self._read_section(key, child, at)
+                continue
             if key not in _DOTTED:
-                self._gathered.complain_unknown(key, origin)
+                self._gathered.complain_unknown(key, at)
                 continue
             problems_before = len(self._gathered.problems)
-            value = self._value(child, key, origin)
+            value = self._value(child, key, at)
             if len(self._gathered.problems) == problems_before:
-                self._gathered.given[key] = _Given(value, origin)
+                self._gathered.given[key] = _Given(value, at)
 
     def _entries(self, node: yaml.MappingNode, prefix: str) -> Iterator[tuple[str, yaml.Node, str]]:
         """Each key with the prefix before it, its value, and where it stands; complains of keys given twice."""
@@ -600,18 +651,50 @@ def _hint(variable: str) -> str:
 
 def _validated(gathered: _Gathered) -> Settings | None:
     """The settings, or None when some value is impossible, with each such value among the problems."""
-    sections: dict[str, dict[str, object]] = {}
+    sections: dict[str, object] = {}
     for dotted, (value, _) in gathered.given.items():
-        section, _, key = dotted.partition(".")
-        sections.setdefault(section, {})[key] = value
+        *path, key = dotted.split(".")
+        section = sections
+        for name in path:
+            section = cast(dict[str, object], section.setdefault(name, {}))
+        section[key] = value
     try:
         return Settings.model_validate(sections)
     except ValidationError as invalid:
         for error in invalid.errors(include_url=False, include_input=False):
-            dotted = ".".join(map(str, error["loc"][:2]))
+            # Behind a setting's own name comes the place within its value.
+            names = [".".join(map(str, error["loc"][:depth])) for depth in (2, 3)]
+            dotted = next(name for name in names if name in gathered.given)
             text = error["msg"].removeprefix("Value error, ")
             gathered.complain(dotted, text, gathered.given[dotted].origin)
         return None
+
+
+def _check_files(settings: Settings, gathered: _Gathered) -> None:
+    """Complain of certificates and keys that cannot be used, alone or together."""
+
+    def complain(key: str, text: str, because_of: str = "") -> None:
+        gathered.complain(key, text, gathered.given[because_of or key].origin)
+
+    def check(key: str, path: Path, complaint: str) -> bool:
+        if complaint:
+            complain(key, f"must be a PEM file, not {_shown(str(path))}, {complaint}")
+        return not complaint
+
+    tls, upstream = settings.server.tls, settings.upstream
+    if upstream.ca_file is not None:
+        check("upstream.ca_file", upstream.ca_file, certificates_complaint(upstream.ca_file))
+    for cert_key, cert, key_key, key in (
+        ("server.tls.cert", tls.cert, "server.tls.key", tls.key),
+        ("upstream.client_cert", upstream.client_cert, "upstream.client_key", upstream.client_key),
+    ):
+        if cert is not None and key is not None:
+            if check(cert_key, cert, certificates_complaint(cert)):
+                check(key_key, key, key_complaint(key, cert))
+        elif cert is not None:
+            complain(key_key, f"is missing: {cert_key} needs it", cert_key)
+        elif key is not None:
+            complain(cert_key, f"is missing: {key_key} needs it", key_key)
 
 
 def _printable(problem: str) -> str:
@@ -642,6 +725,8 @@ def load(
         else:
             gathered.complain_unknown(key, "the command line")
     settings = _validated(gathered)
+    if settings is not None:
+        _check_files(settings, gathered)
     if settings is None or gathered.problems:
         raise ConfigError("\n".join(map(_printable, gathered.problems)))
     return settings

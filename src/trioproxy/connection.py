@@ -54,6 +54,26 @@ class Guard(Protocol):
         """Close the connection now."""
         ...
 
+    def leave(self) -> None:
+        """The client has gone, or is to be taken for gone: soon the connection is closed."""
+        ...
+
+    def overhear(self, told: Callable[[bytes], None]) -> None:
+        """Call `told` with the beginning of whatever is sent, before it is, as it was before encryption."""
+        ...
+
+    def hold_back(self) -> None:
+        """Keep what comes from the client from now on until `let_through` or `throw_away`."""
+        ...
+
+    def let_through(self) -> None:
+        """Stop holding back."""
+        ...
+
+    def throw_away(self) -> None:
+        """From now on, throw away what comes from the client, and what was held back."""
+        ...
+
 
 class Incoming:
     """The request's body, as an iterator over its pieces. A piece is asked for only when the last one was taken."""

@@ -147,6 +147,15 @@ SHUTTING_DOWN = Ending(
     Retry.MEASURED,
     "The proxy is shutting down and takes no new requests. Try again in about {retry_after} s.",
 )
+TOO_MANY_WEBSOCKETS = Ending(
+    "too_many_websockets",
+    503,
+    Status.REJECTED,
+    Outcome.REJECTED,
+    Retry.MEASURED,
+    "All {limit} WebSocket connections that this proxy takes at once are in use (server.max_websockets). Try again in "
+    "about {retry_after} s.",
+)
 EVICTED = Ending(
     "evicted",
     503,
@@ -196,6 +205,7 @@ ENDINGS: Final = (
     UPSTREAM_PROTOCOL_ERROR,
     QUEUE_FULL,
     SHUTTING_DOWN,
+    TOO_MANY_WEBSOCKETS,
     EVICTED,
     QUEUE_TIMEOUT,
     DEADLINE_EXCEEDED,

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from enum import StrEnum, auto
 
 from trioproxy import priority
 from trioproxy.errors import Ending
@@ -156,7 +157,70 @@ class Refused:
     error: str
 
 
-Event = Queued | Started | Ended | CapacityChanged | PassedThrough | Refused
+class WebSocketOutcome(StrEnum):
+    """What ended a WebSocket session: the label `outcome` of `openai_proxy_websocket_sessions_total`."""
+
+    CLIENT_CLOSED = auto()
+    """The client said that it closes."""
+    CLIENT_GONE = auto()
+    """The client went away without a word, stopped reading, or was cut off."""
+    UPSTREAM_CLOSED = auto()
+    UPSTREAM_REFUSED = auto()
+    """The upstream answered the handshake with something else than 101, which went to the client."""
+    UPSTREAM_ERROR = auto()
+    """The upstream could not be reached, broke off, or sent nonsense."""
+    TOO_LARGE = auto()
+    """A message was larger than `server.websocket_max_message_size`."""
+    IDLE = auto()
+    """No message either way for `server.websocket_idle_timeout`."""
+    SHUTDOWN = auto()
+    REJECTED = auto()
+    """By the proxy: too many, or while shutting down."""
+    PROXY_ERROR = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class WebSocketOpening:
+    """A WebSocket session has one of the places, and its handshake goes on to the upstream."""
+
+    request: RequestFacts
+    at: float
+
+
+@dataclass(slots=True, kw_only=True)
+class WebSocketProgress:
+    """How far a WebSocket session has come; whoever serves it writes down here what it did."""
+
+    outcome: WebSocketOutcome = WebSocketOutcome.CLIENT_GONE
+    """What ended it, or is going to."""
+    http_status: int | None = None
+    """What the client's handshake was answered with."""
+    close_code: int | None = None
+    """By whoever closed first; None if nobody said one (RFC 6455 section 7.4)."""
+    messages_in: int = 0
+    """Messages from the client that were passed on."""
+    messages_out: int = 0
+    """Messages from the upstream that were passed on."""
+    bytes_in: int = 0
+    """The size of the client's messages, bytes or characters."""
+    bytes_out: int = 0
+    """The size of the upstream's messages, bytes or characters."""
+    error: str | None = None
+    """What failed, for people."""
+
+
+@dataclass(frozen=True, slots=True)
+class WebSocketClosed:
+    """A WebSocket session is over, or its handshake was refused: exactly one of these for each."""
+
+    request: RequestFacts
+    at: float
+    opened: bool
+    """Whether it had one of the places, which is free again."""
+    progress: WebSocketProgress
+
+
+Event = Queued | Started | Ended | CapacityChanged | PassedThrough | Refused | WebSocketOpening | WebSocketClosed
 Listener = Callable[[Event], None]
 
 

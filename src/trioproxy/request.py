@@ -41,6 +41,8 @@ _SET_ANEW: Final = frozenset({b"content-length", b"expect", b"host"})
 
 _CREDENTIALS: Final = frozenset({b"authorization", b"openai-organization", b"openai-project"})
 
+_CREDENTIALS_IN_SUBPROTOCOLS: Final = ("openai-insecure-api-key.", "openai-organization.", "openai-project.")
+
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _SECONDS: Final = re.compile(rb"[0-9]{1,9}(\.[0-9]{1,9})?")
 _DEADLINE_MIN: Final = 0.001
@@ -265,6 +267,44 @@ def client_headers(upstream: Headers, request_id: str, queue_seconds: float | No
     if not any(name.lower() == b"x-request-id" for name, _ in headers):
         headers.append((b"x-request-id", request_id.encode()))
     return headers + identification(request_id, queue_seconds)
+
+
+def websocket_headers(
+    head: Head, *, host: bytes, authorization: bytes | None, key: bytes, subprotocols: Iterable[str]
+) -> Headers:
+    """The fields of a WebSocket handshake to send upstream (RFC 6455 section 4.1), the client's own among them.
+
+    Extensions are each connection's own, and none are offered.
+    """
+    dropped = frozenset(name.lower() for name, _ in head.headers if _is_of_websocket(name))
+    headers = upstream_headers(head, host=host, authorization=authorization, body_size=None)
+    headers = [(name, value) for name, value in headers if name.lower() not in dropped | {b"transfer-encoding"}]
+    headers += [
+        (b"Connection", b"Upgrade"),
+        (b"Upgrade", b"websocket"),
+        (b"Sec-WebSocket-Key", key),
+        (b"Sec-WebSocket-Version", b"13"),
+    ]
+    if offered := ", ".join(subprotocols).encode("latin-1"):
+        headers.append((b"Sec-WebSocket-Protocol", offered))
+    return headers
+
+
+def without_credentials(subprotocols: Iterable[str]) -> list[str]:
+    """The subprotocols that are not a browser's way to say `Authorization`, `OpenAI-Organization`, `OpenAI-Project`."""
+    return [name for name in subprotocols if not name.startswith(_CREDENTIALS_IN_SUBPROTOCOLS)]
+
+
+def accepted_headers(upstream: Headers, request_id: str) -> Headers:
+    """The fields of the upstream's answer 101 as they go on to the client, and ours."""
+    headers = client_headers(upstream, request_id, None)
+    return [
+        (name, value) for name, value in headers if not _is_of_websocket(name) and name.lower() != b"content-length"
+    ]
+
+
+def _is_of_websocket(name: bytes) -> bool:
+    return name.lower().startswith(b"sec-websocket-")
 
 
 def refusal(error: ProxyError, request_id: str, spread: float) -> tuple[int, Headers, bytes]:

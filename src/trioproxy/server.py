@@ -12,6 +12,7 @@ import logging
 import math
 import select
 import socket
+import ssl
 import struct
 from collections.abc import Callable
 from typing import Final
@@ -39,10 +40,23 @@ UPLOAD_PIECES_MAX: Final = 2
 LEFT_SECONDS: Final = 1.0
 """How often long exchanges are looked at for clients that have gone unseen, and how long is long."""
 
+OVERHEARD_BYTES_MAX: Final = 256
+"""How much of each write is overheard: more than a WebSocket's control frame (RFC 6455 section 5.5)."""
+
+TLS_HANDSHAKE_SECONDS: Final = 20.0
+"""How long a client may take to agree on TLS."""
+
+GOODBYE_SECONDS: Final = 1.0
+"""How long WebSocket sessions may take to be closed at the end of the shutdown's grace."""
+
 CLOSING_SECONDS: Final = 0.5
 """How long a connection's tasks may go on after its client has closed it."""
 
 _GONE: Final = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
+
+
+def _ignore(_: bytes) -> None:
+    return
 
 
 class GuardedStream(trio.abc.HalfCloseableStream):
@@ -66,12 +80,22 @@ class GuardedStream(trio.abc.HalfCloseableStream):
         self._sending: trio.CancelScope | None = None
         self._exchanges: dict[Callable[[], None], float] = {}
         self._resetting = False
+        self._told: Callable[[bytes], None] = _ignore
+        self._held_back: trio.Event | None = None
+        self._throwing_away = False
+        self.encrypted = False
+        """Whether what is sent here is encrypted already."""
         self._writes_until = math.inf
         self._left = False
         self._set_deadline()
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Send everything. Raises `BrokenResourceError` when the client has gone or does not read."""
+        if self._resetting:
+            # TLS's notice of closing would make the end look clean.
+            raise trio.BrokenResourceError
+        if not self.encrypted:
+            self.tell(data)
         rest = memoryview(data)
         with trio.CancelScope() as self._sending:
             while rest:
@@ -91,7 +115,15 @@ class GuardedStream(trio.abc.HalfCloseableStream):
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """What has come from the client; b"" when it has closed its side."""
-        data = await self._stream.receive_some(max_bytes)
+        try:
+            data = await self._stream.receive_some(max_bytes)
+            if data and self._held_back is not None:
+                await self._held_back.wait()
+            while data and self._throwing_away:
+                data = await self._stream.receive_some(max_bytes)
+        except trio.BrokenResourceError:
+            self.leave()
+            raise
         if not data:
             self.leave()
         return bytes(data)
@@ -131,6 +163,29 @@ class GuardedStream(trio.abc.HalfCloseableStream):
         self._resetting = True
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
+    def overhear(self, told: Callable[[bytes], None]) -> None:
+        """Call `told` with the beginning of whatever is sent, before it is, as it was before encryption."""
+        self._told = told
+
+    def tell(self, data: bytes | bytearray | memoryview) -> None:
+        """This is about to be sent."""
+        self._told(bytes(data[:OVERHEARD_BYTES_MAX]))
+
+    def hold_back(self) -> None:
+        """Keep what comes from the client from now on until `let_through` or `throw_away`."""
+        self._held_back = trio.Event()
+
+    def let_through(self) -> None:
+        """Stop holding back."""
+        if self._held_back is not None:
+            self._held_back.set()
+            self._held_back = None
+
+    def throw_away(self) -> None:
+        """From now on, throw away what comes from the client, and what was held back."""
+        self._throwing_away = True
+        self.let_through()
+
     def leave(self) -> None:
         """The client has gone: stop what is done for it, and soon everything else on this connection."""
         for leave in list(self._exchanges):
@@ -150,6 +205,45 @@ class GuardedStream(trio.abc.HalfCloseableStream):
         """Without an exchange the connection may go on for a while; once the client has gone nothing changes that."""
         if not self._left:
             self.scope.deadline = math.inf if self._exchanges else trio.current_time() + self._idle_timeout
+
+
+class TlsStream:
+    """TLS on top of a `GuardedStream`, as Hypercorn wants it.
+
+    Unlike Hypercorn's own it says that it closes (RFC 9112 section 9.8), and takes that from a client as its leaving:
+    some close the socket only when they have been answered.
+    """
+
+    def __init__(self, guarded: GuardedStream, context: ssl.SSLContext) -> None:
+        self.transport_stream: Final = guarded
+        guarded.encrypted = True
+        self._tls = trio.SSLStream(guarded, context, server_side=True)
+
+    async def do_handshake(self) -> None:
+        """Agree on keys and protocol. Raises `BrokenResourceError` with a client that cannot."""
+        await self._tls.do_handshake()
+
+    def selected_alpn_protocol(self) -> str | None:
+        """The protocol agreed on: "h2" for HTTP/2."""
+        protocol: str | None = self._tls.selected_alpn_protocol()
+        return protocol
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """Send everything. Raises `BrokenResourceError` when the client has gone or does not read."""
+        self.transport_stream.tell(data)
+        await self._tls.send_all(data)
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        """What has come from the client; b"" when it has closed its side."""
+        data = await self._tls.receive_some(max_bytes)
+        if not data:
+            self.transport_stream.leave()
+        return bytes(data)
+
+    async def aclose(self) -> None:
+        """Close the connection, with notice if the client takes it at once."""
+        with trio.move_on_after(CLOSING_SECONDS):
+            await self._tls.aclose()
 
 
 class Activity:
@@ -204,7 +298,9 @@ class Server:
         self._app = app
         self._settings = settings
         self._config = _hypercorn_config(settings)
-        self._sockets = self._config.create_sockets().insecure_sockets
+        self._tls = self._config.create_ssl_context()
+        sockets = self._config.create_sockets()
+        self._sockets = sockets.insecure_sockets if self._tls is None else sockets.secure_sockets
         self._context = WorkerContext(None)
         self._streams: set[GuardedStream] = set()
         self._activity = Activity()
@@ -238,7 +334,7 @@ class Server:
         for sock in self._sockets:
             sock.listen(self._settings.server.backlog)
             listeners.append(trio.SocketListener(trio.socket.from_stdlib_socket(sock)))
-        addresses = [_url(sock) for sock in self._sockets]
+        addresses = [_url(sock, "http" if self._tls is None else "https") for sock in self._sockets]
         async with trio.open_nursery() as listening:
             listening.start_soon(self._activity.look_for_the_gone)
             serve = trio.serve_listeners
@@ -271,6 +367,8 @@ class Server:
             nursery.cancel_scope.deadline = trio.current_time() + grace
             nursery.start_soon(end, at_once.wait)
             nursery.start_soon(end, self._activity.wait_idle)
+        with trio.move_on_after(0 if at_once.is_set() else GOODBYE_SECONDS):
+            await self._app.proxy.websockets.say_goodbye()
 
     async def _serve_connection(self, wrapped: ASGIWrapper, stream: trio.SocketStream) -> None:
         limits = self._settings.server
@@ -280,7 +378,8 @@ class Server:
         state = ConnectionState({GUARD: guarded})
         try:
             with guarded.scope:
-                await TCPServer(wrapped, self._config, self._context, state, guarded).run()  # type: ignore[arg-type]
+                outer = guarded if self._tls is None else TlsStream(guarded, self._tls)
+                await TCPServer(wrapped, self._config, self._context, state, outer).run()  # type: ignore[arg-type]
         except Exception as error:
             log.warning("a connection failed", exc_info=error, error=repr(error))
         finally:
@@ -298,15 +397,20 @@ def _hypercorn_config(settings: Settings) -> Config:
     config.h11_max_incomplete_size = HEADERS_SIZE_MAX
     config.h2_max_header_list_size = HEADERS_SIZE_MAX
     config.max_app_queue_size = UPLOAD_PIECES_MAX
+    config.websocket_max_message_size = settings.server.websocket_max_message_size
     # Field names, Date and Server are the upstream's.
     config.h11_pass_raw_headers = True
     config.include_date_header = False
     config.include_server_header = False
+    if settings.server.tls.cert is not None and settings.server.tls.key is not None:
+        config.certfile = str(settings.server.tls.cert)
+        config.keyfile = str(settings.server.tls.key)
+        config.ssl_handshake_timeout = TLS_HANDSHAKE_SECONDS
     config.accesslog = None
     config.errorlog = logging.getLogger("hypercorn.error")
     return config
 
 
-def _url(sock: socket.socket) -> str:
+def _url(sock: socket.socket, scheme: str) -> str:
     address = repr_socket_addr(sock.family, sock.getsockname())
-    return address if sock.family == socket.AF_UNIX else f"http://{address}"
+    return address if sock.family == socket.AF_UNIX else f"{scheme}://{address}"

@@ -11,9 +11,10 @@ import ssl
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
-from typing import Final
+from typing import Final, Protocol, cast
 from urllib.request import getproxies, proxy_bypass
 
+import httpcore
 import httpx
 import trio
 
@@ -24,6 +25,7 @@ from trioproxy.events import Progress
 
 _BODILESS_STATUS: Final = frozenset({204, 304})
 _CLOSE_SECONDS_MAX: Final = 1.0
+_READ_BYTES_MAX: Final = 64 * 1024
 
 KNOWN_OUT_SECONDS: Final = 10.0
 """How long a failed attempt to connect counts as knowledge that the upstream is out."""
@@ -49,6 +51,18 @@ class Body(httpx.AsyncByteStream):
         return content
 
 
+class _Network(Protocol):
+    """The connection below an answer: https://www.encode.io/httpcore/extensions/#network_stream."""
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes: ...
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None: ...
+
+    def get_extra_info(self, info: str) -> object: ...
+
+    async def aclose(self) -> None: ...
+
+
 class _Phases:
     """The time limits of one call, on one cancel scope: one phase is under way at a time, the whole goes on beside."""
 
@@ -56,6 +70,8 @@ class _Phases:
         self.scope = trio.CancelScope()
         self.began = trio.current_time()
         self.sent_at: float | None = None
+        self.connected: _Network | None = None
+        """The new TCP connection, if one was made."""
         self._request_timeout = request_timeout
         self._ends = math.inf if request_timeout is None else self.began + request_timeout
         self._setting = ""
@@ -88,11 +104,24 @@ class _Phases:
 
     async def trace(self, name: str, info: dict[str, object]) -> None:
         """Told by httpcore how far it is: https://www.encode.io/httpcore/extensions/#trace."""
+        if name == "connection.connect_tcp.complete":
+            self.connected = cast(_Network, info["return_value"])
         if getattr(info.get("request"), "method", None) == b"CONNECT":
             return  # a tunnel through a forward proxy belongs to connecting
         if name == "http11.send_request_headers.started":
             self.sent_at = trio.current_time()
             self.leave()
+
+
+def _cut_off(network: _Network | None) -> bool:
+    """Whether a TLS connection that is at its end was closed without a close_notify: trio passes over that."""
+    tls = network and network.get_extra_info("ssl_object")
+    if not isinstance(tls, ssl.SSLObject):
+        return False
+    try:
+        return bool(tls.read(1))
+    except ssl.SSLError:  # SSLEOFError: it has read the TCP connection's end
+        return True
 
 
 class Response:
@@ -109,6 +138,8 @@ class Response:
         self._phases = phases
         self._idle_timeout = idle_timeout
         self._left = math.inf
+        self._ends_by_closing = not {"transfer-encoding", "content-length"} & response.headers.keys()
+        self._network = cast(_Network | None, response.extensions.get("network_stream"))
         if method == "HEAD" or self.status in _BODILESS_STATUS:
             self._left = 0
         elif "transfer-encoding" not in response.headers and "content-length" in response.headers:
@@ -130,6 +161,10 @@ class Response:
         try:
             return await anext(self._pieces)
         except StopAsyncIteration:
+            if self._left and self._ends_by_closing and _cut_off(self._network):
+                # RFC 9112 section 9.8: anyone on the way can close a TCP connection.
+                reason = "the TLS connection was closed without notice (close_notify), maybe not by the upstream."
+                raise ProxyError(errors.UPSTREAM_BROKE_OFF, reason=reason) from None
             self.whole = True
             return b""
         except httpx.HTTPError as error:
@@ -141,6 +176,11 @@ class Response:
         """Free the connection, once `whole`."""
         await self._stream.aclose()
 
+    def switch(self) -> Switched:
+        """The connection of an answer 101, in its new protocol."""
+        assert self._network is not None
+        return Switched(self._network, self._idle_timeout)
+
     async def run_out(self) -> None:
         """Read on until the closed connection says so.
 
@@ -149,6 +189,32 @@ class Response:
         with suppress(httpx.HTTPError, StopAsyncIteration):
             while True:
                 await anext(self._pieces)
+
+
+class Switched:
+    """What the connection has become by an answer 101: bytes in both directions, as long as the call is open."""
+
+    def __init__(self, network: _Network, write_timeout: float) -> None:
+        self._network = network
+        self._write_timeout = write_timeout
+
+    async def read(self) -> bytes:
+        """What has come; b"" at the end. Raises `ProxyError` if the upstream breaks off."""
+        try:
+            return await self._network.read(_READ_BYTES_MAX)
+        except httpcore.NetworkError as error:
+            reason = _reason(error) if str(error) else "the connection was reset."
+            raise ProxyError(errors.UPSTREAM_BROKE_OFF, reason=reason) from error
+
+    async def write(self, data: bytes) -> None:
+        """Send everything. Raises `ProxyError` if the upstream has gone or does not take it in time."""
+        try:
+            await self._network.write(data, self._write_timeout)
+        except httpcore.WriteTimeout as error:
+            limit = self._write_timeout
+            raise ProxyError(errors.UPSTREAM_TIMEOUT, limit=limit, setting="upstream.idle_timeout") from error
+        except httpcore.NetworkError as error:
+            raise ProxyError(errors.UPSTREAM_BROKE_OFF, reason="it does not take what is sent any more.") from error
 
 
 class Upstream:
@@ -175,8 +241,10 @@ class Upstream:
         )
         """The value of the header `Authorization` that replaces the client's; None if the client's goes through."""
         self._forward_proxy: Final = _environment_proxy(self._url) if trust_env else None
+        self.tls: Final = _tls_context(self._url, settings)
+        """What the upstream's certificate is checked against, and which one is shown to it."""
         self._new_connection: Final = new_connection or _connections(
-            self._url, settings.keep_alive_expiry, self._forward_proxy
+            self.tls, settings.keep_alive_expiry, self._forward_proxy
         )
         self._idle: deque[tuple[httpx.AsyncBaseTransport, float]] = deque()
         self._busy = 0
@@ -184,15 +252,16 @@ class Upstream:
 
     @asynccontextmanager
     async def open(
-        self, method: str, target: bytes, headers: Headers, body: Body, progress: Progress
+        self, method: str, target: bytes, headers: Headers, body: Body, progress: Progress, *, switches: bool = False
     ) -> AsyncIterator[Response]:
         """One call. The answer's head has arrived when the block is entered; when it is left, the call is over.
 
         `target` is what follows the base URL's path: a raw path and query. The connection is kept for a later call if
         the answer was read to its end and closed otherwise, so that the upstream notices. What the call came to is
-        written into `progress`. Raises `ProxyError`: UPSTREAM_UNREACHABLE, UPSTREAM_PROTOCOL_ERROR, UPSTREAM_TIMEOUT.
+        written into `progress`. `switches`: it asks for another protocol, which the answer 101 grants for as long as
+        the block lasts. Raises `ProxyError`: UPSTREAM_UNREACHABLE, UPSTREAM_PROTOCOL_ERROR, UPSTREAM_TIMEOUT.
         """
-        phases = _Phases(self._settings.request_timeout)
+        phases = _Phases(None if switches else self._settings.request_timeout)
         response: Response | None = None
         self._busy += 1
         # It opens itself anew if it has expired or the upstream has closed it meanwhile.
@@ -206,7 +275,7 @@ class Upstream:
                 self._unreachable_at = -math.inf
                 progress.upstream_status = answer.status_code
                 response = Response(answer, method, phases, self._settings.idle_timeout)
-                if answer.status_code == 101:
+                if answer.status_code == 101 and not switches:
                     reason = "it switched protocols (101), which was not asked for."
                     raise ProxyError(errors.UPSTREAM_PROTOCOL_ERROR, upstream=str(self._url), reason=reason)
                 yield response
@@ -216,7 +285,7 @@ class Upstream:
             self._busy -= 1
             progress.upstream_seconds = phases.seconds
             progress.upstream_whole = response is not None and response.whole
-            await self._give_back(connection, response)
+            await self._give_back(connection, response, phases.connected)
 
     async def close_expired(self) -> None:
         """Close the connections that have been idle for longer than `upstream.keep_alive_expiry`."""
@@ -234,6 +303,11 @@ class Upstream:
         """When a call that begins now is over at the latest, by `upstream.request_timeout`."""
         timeout = self._settings.request_timeout
         return math.inf if timeout is None else trio.current_time() + timeout
+
+    @property
+    def url(self) -> str:
+        """The base URL."""
+        return str(self._url)
 
     @property
     def has_path(self) -> bool:
@@ -258,7 +332,9 @@ class Upstream:
     def __repr__(self) -> str:
         return f"<Upstream {self._url}: {self._busy} calls, {len(self._idle)} idle connections>"
 
-    async def _give_back(self, connection: httpx.AsyncBaseTransport, response: Response | None) -> None:
+    async def _give_back(
+        self, connection: httpx.AsyncBaseTransport, response: Response | None, connected: _Network | None
+    ) -> None:
         """Keep the connection or close it, also while being cancelled: nothing here waits for the upstream."""
         with trio.move_on_after(_CLOSE_SECONDS_MAX, shield=True):
             if response is not None and response.whole:
@@ -268,6 +344,9 @@ class Upstream:
             await connection.aclose()
             if response is not None:
                 await response.run_out()
+            elif connected is not None:
+                # httpcore forgets it when it is cut off while it agrees on TLS.
+                await connected.aclose()
 
     def _request(self, method: str, target: bytes, headers: Headers, body: Body, phases: _Phases) -> httpx.Request:
         async def trace(name: str, info: dict[str, object]) -> None:
@@ -318,13 +397,27 @@ def _reason(error: BaseException) -> str:
     root = error
     while (cause := root.__cause__ or root.__context__) is not None:
         root = cause.exceptions[0] if isinstance(cause, BaseExceptionGroup) else cause
+    if isinstance(root, ssl.SSLCertVerificationError):
+        return f"its certificate is not accepted: {root.verify_message.rstrip('.')}."
     message = str(root) or str(error) or _WITHOUT_MESSAGE.get(type(error), type(error).__name__)
     return message.rstrip(".") + "."
 
 
-def _connections(url: httpx.URL, expiry: float, proxy: httpx.Proxy | None) -> Callable[[], httpx.AsyncBaseTransport]:
-    # httpx wants a context for plain HTTP too; loading the CA certificates for it would only take time.
-    context = httpx.create_ssl_context() if url.scheme == "https" else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+def _tls_context(url: httpx.URL, settings: UpstreamSettings) -> ssl.SSLContext:
+    """What certificates are accepted, and which one is shown. Raises OSError if the files have gone meanwhile."""
+    if url.scheme != "https":
+        # httpx wants a context for plain HTTP too; loading the CA certificates for it would only take time.
+        return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    ca_file = settings.ca_file
+    context = httpx.create_ssl_context() if ca_file is None else ssl.create_default_context(cafile=ca_file)
+    if settings.client_cert is not None:
+        context.load_cert_chain(settings.client_cert, settings.client_key, password="")
+    return context
+
+
+def _connections(
+    context: ssl.SSLContext, expiry: float, proxy: httpx.Proxy | None
+) -> Callable[[], httpx.AsyncBaseTransport]:
     limits = httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=expiry)
     return lambda: httpx.AsyncHTTPTransport(verify=context, proxy=proxy, limits=limits)
 

@@ -37,6 +37,8 @@ METRICS: Final = ("observe/test_metrics.py",)
 RELAY: Final = ("test_relay.py",)
 REQUEST: Final = ("test_request.py",)
 GUARD: Final = ("test_guard.py",)
+TLS: Final = ("test_tls.py",)
+WEBSOCKET_CUTS: Final = ("test_websocket_cuts.py",)
 
 
 class Mutant(NamedTuple):
@@ -750,6 +752,76 @@ MUTANTS: Final = (
         "self._count -= 1",
         "pass",
         GUARD,
+    ),
+    Mutant(
+        "TLS says that it closes before a reset",
+        "server.py",
+        "if self._resetting:\n            # TLS",
+        "if False:\n            # TLS",
+        GUARD,
+    ),
+    Mutant(
+        "what was held back is not thrown away",
+        "server.py",
+        "while data and self._throwing_away:",
+        "while data and False:",
+        GUARD,
+    ),
+    Mutant(
+        "nothing is held back",
+        "server.py",
+        "if data and self._held_back is not None:",
+        "if False:",
+        GUARD,
+    ),
+    Mutant(
+        "a TLS connection that was cut off looks like a whole answer",
+        "upstream.py",
+        "if self._left and self._ends_by_closing and _cut_off(self._network):",
+        "if False:",
+        TLS,
+    ),
+    Mutant(
+        "a connection that was cut off in its TLS handshake stays open",
+        "upstream.py",
+        "await connected.aclose()",
+        "pass",
+        TLS,
+    ),
+    Mutant(
+        "no client certificate is shown",
+        "upstream.py",
+        "if settings.client_cert is not None:",
+        "if False:",
+        TLS,
+    ),
+    Mutant(
+        "a WebSocket's place is never left",
+        "websocket.py",
+        "self.taken -= 1",
+        "pass",
+        WEBSOCKET_CUTS,
+    ),
+    Mutant(
+        "a WebSocket session's end is not told",
+        "websocket.py",
+        "self._publisher.publish(WebSocketClosed(",
+        "print(WebSocketClosed(",
+        WEBSOCKET_CUTS,
+    ),
+    Mutant(
+        "a browser's credentials go to the upstream beside the proxy's own",
+        "request.py",
+        "if not name.startswith(_CREDENTIALS_IN_SUBPROTOCOLS)",
+        "if name",
+        REQUEST,
+    ),
+    Mutant(
+        "the client's own WebSocket extensions are offered to the upstream",
+        "request.py",
+        'return name.lower().startswith(b"sec-websocket-")',
+        'return name.lower() in (b"sec-websocket-key", b"sec-websocket-version", b"sec-websocket-protocol")',
+        REQUEST,
     ),
 )
 

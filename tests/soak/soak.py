@@ -429,9 +429,14 @@ class Soak:
             f"{lines} = {by_outcome} + {last}",
         )
         self._check("requests with two closing lines", not logged.twice, logged.twice)
-        for name, event in (("passthrough_requests", "request passed through"), ("refused", "request refused")):
+        for name, event in (
+            ("passthrough_requests", "request passed through"),
+            ("refused", "request refused"),
+            ("websocket_sessions", "websocket closed"),
+        ):
             counted, told = metrics.sum(f"{name}_total"), logged.events[event]
             self._check(f"{name}_total = log lines {event!r}", counted == told, f"{counted} = {told}")
+        self._check("no WebSocket session is left", metrics.sum("websockets") == 0, metrics.sum("websockets"))
         patient, sent = len(self.ledger.patient), self.ledger.scheduled_sent
         seen = f"{patient} <= {by_outcome} <= {sent}"
         self._check("patient clients' requests <= scheduled <= sent", patient <= by_outcome <= sent, seen)

@@ -8,7 +8,7 @@ import socket
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from types import MappingProxyType
 from typing import Final
@@ -638,15 +638,26 @@ async def silent(client: Client) -> None:
 
 
 async def web_socket(client: Client) -> None:
-    """Wants what there is not yet."""
-    fields = (
-        "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: c29hazEyMzQ1\r\n"
-    )
+    """A session: says something now and then, sometimes too early, and leaves with and without a word."""
+    chance = client.chance
+    fields = [
+        "Connection: Upgrade",
+        "Upgrade: websocket",
+        "Sec-WebSocket-Version: 13",
+        "Sec-WebSocket-Key: c29hazEyMzQ1",
+    ]
     async with client.world.connect() as wire:
-        await wire.send(f"GET /v1/realtime HTTP/1.1\r\nHost: x\r\n{fields}\r\n".encode())
-        with trio.move_on_after(2):
-            await wire.read()
-        wire.leave(client.way())
+        await client.send(wire, replace(client.passed_through(), path="/v1/realtime", fields=fields), patient=False)
+        with trio.move_on_after(chance.expovariate(1)):
+            going_on = chance.random() < 0.1 or await wire.read()
+            while going_on:
+                await wire.send(b"\x81\x85\0\0\0\0hello" * chance.randint(0, 20))
+                going_on = await wire.read()
+            return
+        if chance.random() < 0.5:
+            await wire.send(b"\x88\x82\0\0\0\0\x03\xe8")
+            await client.world.hang_around(0.2)
+        await _leave(client, wire, client.way())
 
 
 async def operator(client: Client) -> None:
@@ -690,7 +701,7 @@ KINDS: Final[Mapping[Kind, float]] = MappingProxyType(
         expecting_100: 1,
         nonsense: 2,
         silent: 2,
-        web_socket: 0.5,
+        web_socket: 3,
         operator: 1,
     }
 )

@@ -19,6 +19,7 @@ from typing import Final
 
 import h11
 import trio
+from wsproto.utilities import generate_accept_token
 
 RESET: Final = struct.pack("ii", 1, 0)
 """For SO_LINGER: closing sends a reset."""
@@ -26,7 +27,7 @@ RESET: Final = struct.pack("ii", 1, 0)
 GONE_SECONDS_MAX: Final = 15.0
 """How long an unanswered call waits for the proxy to give up before that is a complaint."""
 
-PASSED_THROUGH: Final = ("models", "files", "batches")
+PASSED_THROUGH: Final = ("models", "files", "batches", "realtime")
 
 _HANGUP: Final = select.POLLRDHUP | select.POLLHUP | select.POLLERR
 _BLOCK: Final = Random(1).randbytes(1 << 21)
@@ -51,6 +52,11 @@ class Call:
     """Whether the connection is used again."""
     beyond: bytes = b""
     """What came behind the request."""
+
+    @property
+    def is_web_socket(self) -> bool:
+        """Whether it asks for a WebSocket."""
+        return "sec-websocket-key" in self.fields
 
     async def send(self, data: bytes) -> None:
         """Send something that is not the end."""
@@ -220,6 +226,24 @@ async def switch_protocols(call: Call) -> None:
     await call.end(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: soak\r\nConnection: Upgrade\r\n\r\n")
     await trio.sleep(0.1)
     call.close()
+
+
+async def web_socket(call: Call) -> None:
+    """A session: refused, closed after some messages, or broken off."""
+    chance = call.chance
+    if chance.random() < 0.3:
+        await call.answer(401, b"no")
+        return
+    accept = generate_accept_token(call.fields["sec-websocket-key"].encode()).decode()
+    fields = f"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: {accept}"
+    await call.send(f"HTTP/1.1 101 Switching Protocols\r\n{fields}\r\n\r\n".encode())
+    for _ in range(chance.randint(0, 100)):
+        await call.send(b"\x82\x7e\x04\x00" + call.body(1024, 1024))
+        await call.pause(0.05)
+    if chance.random() < 0.5:
+        await call.send(b"\x88\x02\x03\xe8")
+        await call.pause(0.2)
+    call.close(reset=chance.random() < 0.2)
 
 
 async def huge_head(call: Call) -> None:
@@ -455,7 +479,7 @@ class Upstream:
         return True
 
     def _behaviour(self, call: Call) -> Behaviour:
-        wanted = WANTED.get(call.fields.get("x-soak-wants", ""))
+        wanted = web_socket if call.is_web_socket else WANTED.get(call.fields.get("x-soak-wants", ""))
         behaviour = wanted or call.chance.choices(list(BEHAVIOURS), list(BEHAVIOURS.values()))[0]
         if call.method == "HEAD" and behaviour not in WITHOUT_BODY:
             behaviour = small
@@ -467,7 +491,7 @@ class Upstream:
         with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             while data := await call.stream.receive_some():
                 call.beyond += bytes(data)
-                if not call.over:
+                if not call.over and not call.is_web_socket:
                     self.complain("something came during an answer", f"call {call.number}: {bytes(data[:200])!r}")
         call.keep = False
         scope.cancel()

@@ -7,6 +7,7 @@ warnings and whatever else goes through the standard library's logging take the 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -37,6 +38,9 @@ from trioproxy.events import (
     RequestFacts,
     ScheduledRequest,
     Started,
+    WebSocketClosed,
+    WebSocketOpening,
+    WebSocketProgress,
 )
 
 QUEUED_LINES_MAX: Final = 10_000
@@ -332,6 +336,10 @@ class RequestLog:
                 self._log.debug("request started", **_facts(request), queue_seconds=round(queue_seconds, 6))
             case CapacityChanged(pool, _, permits, max_queue):
                 self._log.info("capacity changed", pool=pool, permits=permits, max_queue=max_queue)
+            case WebSocketOpening(request):
+                self._log.debug("websocket opening", **_facts(request))
+            case WebSocketClosed():
+                self._websocket_closed(event)
 
     def _ended(self, event: Ended) -> None:
         status, outcome = event.ending.status, event.ending.outcome
@@ -363,6 +371,12 @@ class RequestLog:
         write = self._log.warning if "error" in fields else self._log.info
         write("request passed through", **_known(fields))
 
+    def _websocket_closed(self, event: WebSocketClosed) -> None:
+        fields = _facts(event.request) | _websocket(event.progress)
+        fields["total_seconds"] = round(event.at - event.request.arrived, 6)
+        write = self._log.warning if "error" in fields else self._log.info
+        write("websocket closed", **fields)
+
 
 def _facts(request: RequestFacts) -> dict[str, object]:
     fields: dict[str, object] = {"request_id": request.request_id}
@@ -381,6 +395,13 @@ def _progress(progress: Progress) -> dict[str, object]:
 
 def _rounded(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds, 6)
+
+
+def _websocket(progress: WebSocketProgress) -> dict[str, object]:
+    fields = dataclasses.asdict(progress)
+    # The key `outcome` is for scheduled requests alone.
+    fields["websocket_outcome"] = fields.pop("outcome").value
+    return _known(fields)
 
 
 def _known(fields: dict[str, object]) -> dict[str, object]:

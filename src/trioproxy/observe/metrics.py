@@ -27,6 +27,9 @@ from trioproxy.events import (
     Refused,
     ScheduledRequest,
     Started,
+    WebSocketClosed,
+    WebSocketOpening,
+    WebSocketOutcome,
 )
 
 # Series of their own for the time of creation double every counter and tell Prometheus nothing that it needs.
@@ -118,6 +121,8 @@ class Metrics:
             CapacityChanged: self._capacity_changed,
             PassedThrough: self._passed_through,
             Refused: self._refused,
+            WebSocketOpening: self._websocket_opening,
+            WebSocketClosed: self._websocket_closed,
         }
 
     def __call__(self, event: Event) -> None:
@@ -156,6 +161,11 @@ class Metrics:
             "available_permits", "Free slots. 0 for long: the upstream is used to the full."
         ).labels(self._pool)
         self._permits = self._gauge("permits", "All slots, as limited just now.").labels(self._pool)
+        self._websockets = Gauge(
+            "openai_proxy_websockets",
+            "WebSocket sessions that are open or being opened now. At server.max_websockets new ones are refused.",
+            registry=self.registry,
+        )
         self._permits.set(permits)
         self._available_permits.set(permits)
         self._in_use = 0
@@ -218,6 +228,13 @@ class Metrics:
             "passthrough_requests", "Requests that need no slot, by class of the answer's status.", "http_status"
         )
         self._passed = {status: passed_through.labels(status) for status in PASSED_THROUGH_STATUSES}
+        websockets = counter(
+            "websocket_sessions",
+            "WebSocket handshakes under /v1/ and what came of them, by what ended the session. upstream_error: look at "
+            "the upstream; rejected: too many at once, or shutting down; proxy_error: a bug of the proxy, see its log.",
+            "outcome",
+        )
+        self._websocket_sessions = {outcome: websockets.labels(outcome) for outcome in WebSocketOutcome}
         self._invariant_violations = counter(
             "invariant_violations",
             "Self-checks that failed: slots, queue, tasks and metrics did not agree. Must stay 0; the log says what.",
@@ -335,3 +352,11 @@ class Metrics:
 
     def _refused(self, event: Refused) -> None:
         self._refusals[event.ending.code].inc()
+
+    def _websocket_opening(self, _: WebSocketOpening) -> None:
+        self._websockets.inc()
+
+    def _websocket_closed(self, event: WebSocketClosed) -> None:
+        self._websocket_sessions[event.progress.outcome].inc()
+        if event.opened:
+            self._websockets.dec()
