@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import figures
 import pytest
 import trio
 
@@ -13,6 +14,14 @@ from support import Upstream, running_upstream
 
 FOREVER = 100_000.0
 """Seconds after which whoever still waits will wait for ever. A clock that jumps is there at once."""
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what has been measured, a line for each figure."""
+    if figures.LINES:
+        terminalreporter.section("figures")
+        for line in figures.LINES:
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture

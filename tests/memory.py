@@ -22,6 +22,7 @@ from support import Recorder, Upstream
 from trioproxy import upstream as real
 from trioproxy.app import ProxyApp, create_app
 from trioproxy.config import Settings
+from trioproxy.network import Connection
 
 BASE_URL = "http://upstream.test/v1"
 
@@ -86,17 +87,10 @@ class MemoryUpstream(Upstream):
             await trio.sleep_forever()
         await self._connection(stream)
 
-    def connections_to(self, nursery: trio.Nursery) -> Callable[[], httpx.AsyncBaseTransport]:
+    def connections_to(self, nursery: trio.Nursery) -> Callable[[], Connection]:
         """What makes connections to this upstream: httpx's own transport on memory streams."""
 
-        def connect() -> httpx.AsyncBaseTransport:
-            transport = httpx.AsyncHTTPTransport(verify=False)
-            transport._pool = httpcore.AsyncConnectionPool(
-                max_connections=1, network_backend=MemoryNetwork(nursery, self)
-            )
-            return transport
-
-        return connect
+        return lambda: Connection(MemoryNetwork(nursery, self), verify=False, limits=httpx.Limits(max_connections=1))
 
 
 @dataclass

@@ -38,13 +38,15 @@ ROOMS: dict[str, set[str]] = {
     "scheduler.core": {"events", "errors", "priority", "scheduler.limits", "scheduler.queue"},
     "scheduler.runtime": {"scheduler.core", "scheduler.limits", "events", "errors"},
     "scheduler": {"scheduler.core", "scheduler.limits", "scheduler.runtime"},
-    "upstream": {"config", "errors", "events"},
+    "network": set(),  # the streams below upstream's calls
+    "upstream": {"config", "errors", "events", "network"},
     "relay": {"request", "scheduler", "upstream", "errors", "events"},
     "connection": {"relay", "request", "errors"},
     "websocket_upstream": {"upstream", "errors"},
     "websocket": {"request", "scheduler", "upstream", "websocket_upstream", "errors", "events"},
     "websocket_connection": {"connection", "websocket", "websocket_upstream", "request", "errors"},
-    "server": {"config", "app", "connection"},
+    "protocols": {"errors", "request"},  # what the server makes of Hypercorn's
+    "server": {"config", "app", "connection", "errors", "protocols"},
     "observe": {"events", "errors", "priority"},
     "admin": {"scheduler", "observe", "upstream"},  # readiness asks whether the upstream is known to be out
     "cli": {"config", "server", "demo", "simulate", "app", "observe.logs"},
@@ -172,7 +174,7 @@ def test_what_only_reads_and_tells_is_pure(module: str) -> None:
     assert not FOREIGN_IMPORTS[module] & {"trio", "httpx", "structlog", "quart", "quart_trio", "hypercorn"}
 
 
-def test_only_the_upstreams_room_knows_httpx() -> None:
+def test_only_the_upstreams_rooms_know_httpx() -> None:
     knowing = {name for name, imported in FOREIGN_IMPORTS.items() if imported & {"httpx", "httpcore"}}
     # The demonstration's traffic is a client of the proxy, as any user's program is, and no part of its way upstream.
-    assert {room_of(name) for name in knowing} - {"demo"} == {"upstream"}
+    assert {room_of(name) for name in knowing} - {"demo"} == {"network", "upstream"}

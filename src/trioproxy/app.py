@@ -17,7 +17,7 @@ from quart import request as quart_request
 from quart.wrappers import Response
 from quart.wrappers.base import BaseRequestWebsocket
 from quart_trio import QuartTrio
-from werkzeug.datastructures import Headers
+from werkzeug.datastructures import Headers as WerkzeugHeaders
 from werkzeug.exceptions import HTTPException, InternalServerError
 from werkzeug.routing import BaseConverter, MapAdapter
 
@@ -25,7 +25,7 @@ from trioproxy import __version__, body, errors, request
 from trioproxy.admin import Probes
 from trioproxy.config import Settings
 from trioproxy.connection import Connection, Exchange, Request
-from trioproxy.errors import ProxyError
+from trioproxy.errors import Headers, ProxyError
 from trioproxy.events import Listener, Publisher, Refused, RequestFacts, ScheduledRequest
 from trioproxy.observe.logs import RequestLog
 from trioproxy.observe.metrics import Metrics
@@ -108,6 +108,16 @@ class Proxy:
         """Answer a request that is not going to be scheduled, and say so to the listeners."""
         self.publisher.publish(Refused(self._facts(exchange), trio.current_time(), error.ending, str(error)))
         return _response(error, exchange.head.request_id)
+
+    def refuse_unread(self, reason: str, method: str, path: str, *, counted: bool) -> tuple[int, Headers, bytes]:
+        """Answer what the parser could not read: status, headers, body. `counted`: the request counts as another."""
+        request_id = request.new_request_id()
+        error = ProxyError(errors.INVALID_REQUEST, reason=f"The request cannot be read: {reason}.")
+        if not counted:
+            now = trio.current_time()
+            facts = RequestFacts(request_id=request_id, method=method, path=path, arrived=now)
+            self.publisher.publish(Refused(facts, now, error.ending, str(error)))
+        return request.refusal(error, request_id, random.random())
 
     async def housekeeping(self, task_status: trio.TaskStatus[trio.CancelScope] = trio.TASK_STATUS_IGNORED) -> None:
         """What has to be done now and then, until cancelled."""
@@ -304,4 +314,6 @@ def _register_lifespan(app: ProxyApp, proxy: Proxy) -> None:
 
 def _response(error: ProxyError, request_id: str) -> Response:
     status, headers, content = request.refusal(error, request_id, random.random())
-    return Response(content, status, headers=Headers([(name.decode(), value.decode()) for name, value in headers]))
+    return Response(
+        content, status, headers=WerkzeugHeaders([(name.decode(), value.decode()) for name, value in headers])
+    )

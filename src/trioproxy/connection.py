@@ -31,8 +31,20 @@ DRAIN_SECONDS: Final = 2.0
 throw the answer away (RFC 9112 section 9.6)."""
 
 
+UNTAKEN_SECONDS: Final = 1.0
+"""After so long in which nobody took a piece of an upload, some of it is read ahead."""
+
+PIECE_SIZE: Final = 64 * 1024
+
+AHEAD_SIZE_MAX: Final = 8 * 1024 * 1024
+"""How much: more than a client's kernel holds back by default."""
+
+
 class Guard(Protocol):
     """What the server can do for an exchange that ASGI cannot. Under other servers there is none."""
+
+    relaying: bool
+    """Whether the exchange is going to be counted as a request, however it ends."""
 
     def watch(self, leave: Callable[[], None]) -> None:
         """Call `leave` as soon as the client is seen to have gone, also while nobody reads from it."""
@@ -46,12 +58,12 @@ class Guard(Protocol):
         """No write of this exchange goes on beyond that time."""
         ...
 
-    def reset_on_close(self) -> None:
-        """Close the connection with a reset, so that an end that is told by closing alone does not look clean."""
+    def linger_on_close(self) -> None:
+        """Closing the connection, go on taking what the client sends for a while."""
         ...
 
-    def abort(self) -> None:
-        """Close the connection now."""
+    def reset_on_close(self) -> None:
+        """Close the connection with a reset, so that an end that is told by closing alone does not look clean."""
         ...
 
     def leave(self) -> None:
@@ -76,7 +88,10 @@ class Guard(Protocol):
 
 
 class Incoming:
-    """The request's body, as an iterator over its pieces. A piece is asked for only when the last one was taken."""
+    """The request's body, as an iterator over its pieces. A piece is asked for only when the last one was taken.
+
+    Where nobody takes any for a while, some more is read all the same: a client's FIN comes behind what it has sent.
+    """
 
     def __init__(self, receive: ASGIReceiveCallable, leave: Callable[[], None]) -> None:
         self._receive = receive
@@ -85,31 +100,55 @@ class Incoming:
         """The last piece has arrived."""
         self.abandoned = trio.Event()
         """Nobody is going to take another piece."""
-        self._peeked = b""
+        self._ahead = bytearray()
+        self._taking = trio.Lock()
+        self._wanted = trio.current_time()
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         return self
 
     async def is_empty(self) -> bool:
         """Whether there is no body, which HTTP/2 does not announce: known once something has come."""
-        while not self._peeked and not self.complete.is_set():
-            self._peeked = await self._next()
-        return not self._peeked
+        while not self._ahead and not self.complete.is_set():
+            self._ahead += await self._next()
+        return not self._ahead
 
     async def __anext__(self) -> bytes:
-        if self._peeked:
-            piece, self._peeked = self._peeked, b""
-            return piece
-        while not self.complete.is_set():
-            if piece := await self._next():
-                return piece
-        raise StopAsyncIteration
+        self._wanted = math.inf
+        try:
+            self._taking.acquire_nowait()
+        except trio.WouldBlock:
+            await self._taking.acquire()
+        try:
+            while not self._ahead and not self.complete.is_set():
+                if piece := await self._next():
+                    return piece
+        finally:
+            self._taking.release()
+            self._wanted = trio.current_time()
+        if not self._ahead:
+            raise StopAsyncIteration
+        piece = bytes(self._ahead[:PIECE_SIZE])
+        del self._ahead[:PIECE_SIZE]
+        return piece
 
-    async def swallow(self) -> None:
-        """Once the body is complete or nobody wants it: take what still comes, until the client is gone."""
-        await self.abandoned.wait()
+    async def look_after(self) -> None:
+        """Read ahead where nobody takes anything; once nobody is going to, throw away what still comes.
+
+        Ends with the body's end, or never: a client that has gone is left to `leave`.
+        """
+        while not self.abandoned.is_set():
+            with trio.move_on_after(UNTAKEN_SECONDS):
+                await self.abandoned.wait()
+            if trio.current_time() - self._wanted >= UNTAKEN_SECONDS:
+                await self._read_ahead()
         while True:
             await self._next()
+
+    async def _read_ahead(self) -> None:
+        async with self._taking:
+            while len(self._ahead) < AHEAD_SIZE_MAX and not self.complete.is_set():
+                self._ahead += await self._next()
 
     async def _next(self) -> bytes:
         message = await self._receive()
@@ -134,6 +173,7 @@ class Exchange:
         self._send = send
         self._guard: Guard | None = cast("dict[str, Guard]", scope.get("state") or {}).get(GUARD)
         self._finishing = False
+        self._relayed = self._closing = False
         self._ends = math.inf
 
     async def read_body(self, limit: int) -> bytes:
@@ -162,6 +202,11 @@ class Exchange:
         """Send the answer's head, all of it or nothing: cut off in between, Hypercorn would not know that it began."""
         await trio.lowlevel.checkpoint_if_cancelled()
         self.started = True
+        if self._relayed and self._guard is not None and self._is_early:
+            # The client is not done with its request: it learns that it need not be (RFC 9112 section 9.6).
+            self._guard.linger_on_close()
+            self._closing = True
+            headers = [*headers, (b"Connection", b"close")]
         self.incoming.abandoned.set()
         with trio.CancelScope(shield=True):
             await self._send({"type": "http.response.start", "status": status, "headers": headers})
@@ -172,7 +217,7 @@ class Exchange:
 
     async def finish(self, last: bytes = b"") -> None:
         """Send the last piece, and that it was the last. Once that is under way a disconnect changes nothing."""
-        if not self.incoming.complete.is_set():
+        if not self.incoming.complete.is_set() and not self._closing:
             await self.send(last)
             last = b""
             with trio.move_on_after(DRAIN_SECONDS):
@@ -187,9 +232,17 @@ class Exchange:
             return
         if self.head.http_version == "1.0":
             self._guard.reset_on_close()
-        elif self.head.http_version == "2":
-            # Hypercorn leaves the stream open, and offers no way to reset it alone.
-            self._guard.abort()
+
+    def hand_over(self) -> None:
+        """From here on a relay counts the request."""
+        self._relayed = True
+        if self._guard is not None and self.head.http_version != "2":
+            self._guard.relaying = True
+
+    @property
+    def _is_early(self) -> bool:
+        has_body = self.head.chunked or bool(self.head.content_length)
+        return has_body and not self.incoming.complete.is_set() and self.head.http_version != "2"
 
     def limit_writes(self, until: float) -> None:
         """No write goes on beyond that time, also if the client does not read."""
@@ -226,8 +279,9 @@ class Connection(TrioASGIHTTPConnection):
             async with trio.open_nursery() as nursery:
                 with exchange.cancel_scope:
                     response = await self.app.handle_request(self._request(exchange, send))
-                    nursery.start_soon(exchange.incoming.swallow)
+                    nursery.start_soon(exchange.incoming.look_after)
                     if isinstance(response, Relay):
+                        exchange.hand_over()
                         await response.run(exchange)
                     else:
                         assert isinstance(response, QuartResponse)

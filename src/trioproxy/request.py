@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final, TypedDict
+from typing import Final, NotRequired, TypedDict
 from urllib.parse import unquote_to_bytes
 
 from trioproxy import body, errors, priority
@@ -64,6 +64,12 @@ class Scope(TypedDict):
     raw_path: bytes
     query_string: bytes
     headers: Iterable[tuple[bytes, bytes]]
+    state: NotRequired[Mapping[str, object]]
+    """May have the method in its own letter case, which ASGI changes, under `METHOD`."""
+
+
+METHOD: Final = "trioproxy.method"
+"""The key in a scope's `state` under which the server puts the method as it was sent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +128,7 @@ def read_head(scope: Scope) -> Head:
             case _:
                 pass
     return Head(
-        method=scope["method"],
+        method=str(scope.get("state", {}).get(METHOD, scope["method"])),
         http_version=scope["http_version"],
         path=path_of(scope["raw_path"]),
         query=scope["query_string"],
@@ -141,7 +147,13 @@ def new_request_id() -> str:
 def check(head: Head) -> None:
     """Refuse what must not be forwarded, whatever it asks for: raises `ProxyError`."""
     if head.http_version not in _VERSIONS:
-        raise ProxyError(INVALID_REQUEST, reason=f"HTTP/{head.http_version} is not spoken here: use 1.0, 1.1 or 2.")
+        reason = f"HTTP/{head.http_version} is not spoken here: use 1.0, 1.1 or 2."
+        raise ProxyError(INVALID_REQUEST, close=True, reason=reason)
+    if head.chunked and head.http_version == "1.0":
+        # RFC 9112 section 6.1: whoever sent it on may have read it in another way.
+        raise ProxyError(
+            INVALID_REQUEST, close=True, reason="HTTP/1.0 has no Transfer-Encoding: send a Content-Length."
+        )
     if head.chunked and head.content_length is not None:
         # RFC 9112 section 6.3: the mark of request smuggling.
         reason = "Content-Length and Transfer-Encoding were sent together: send one."

@@ -58,6 +58,7 @@ class RouteTable:
 
         Matched as a server would read it: percent-decoded, without empty segments.
         """
+        method = method.upper()  # as many servers read it
         if method not in METHODS:
             return False
         segments = _segments(rest)

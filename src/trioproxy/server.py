@@ -2,8 +2,8 @@
 
 Hypercorn's `trio.serve()` lets one connection's exception end the process, shields its writes from cancellation (a
 client that stops reading holds its task for ever) and stops listening before `/ready` could say why. So the server is
-put together here from Hypercorn's `TCPServer`, `WorkerContext`, `Lifespan` and `ASGIWrapper`, none of them patched,
-with an `except` around each connection, a `GuardedStream` below it, and a shutdown in two phases.
+put together here from Hypercorn's `WorkerContext`, `Lifespan`, `ASGIWrapper` and a `TCPServer` with protocols of ours,
+none of them patched, with an `except` around each connection, a `GuardedStream` below it, and a shutdown in two phases.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ import trio
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config
 from hypercorn.trio.lifespan import Lifespan
-from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState, LifespanState
 from hypercorn.utils import repr_socket_addr
 
 from trioproxy.app import ProxyApp
 from trioproxy.config import Settings
-from trioproxy.connection import GUARD
+from trioproxy.connection import DRAIN_SECONDS, GUARD
+from trioproxy.errors import Headers
+from trioproxy.protocols import PARSER, HttpServer, Parser, Refusing
 
 log = structlog.get_logger()
 
@@ -52,6 +53,8 @@ GOODBYE_SECONDS: Final = 1.0
 CLOSING_SECONDS: Final = 0.5
 """How long a connection's tasks may go on after its client has closed it."""
 
+UNWANTED_SIZE: Final = 64 * 1024
+
 _GONE: Final = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
 
 
@@ -73,6 +76,8 @@ class GuardedStream(trio.abc.HalfCloseableStream):
         self.socket: Final = stream.socket
         self.scope: Final = trio.CancelScope()
         """Around all of the connection's tasks."""
+        self.relaying = False
+        """Whether the exchange is going to be counted as a request, however it ends."""
         self._stream = stream
         self._write_timeout = write_timeout
         self._idle_timeout = idle_timeout
@@ -85,6 +90,9 @@ class GuardedStream(trio.abc.HalfCloseableStream):
         self._throwing_away = False
         self.encrypted = False
         """Whether what is sent here is encrypted already."""
+        self._lingering = False
+        self._reading = False
+        self._gone = trio.Event()
         self._writes_until = math.inf
         self._left = False
         self._set_deadline()
@@ -115,6 +123,7 @@ class GuardedStream(trio.abc.HalfCloseableStream):
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """What has come from the client; b"" when it has closed its side."""
+        self._reading = True
         try:
             data = await self._stream.receive_some(max_bytes)
             if data and self._held_back is not None:
@@ -124,6 +133,8 @@ class GuardedStream(trio.abc.HalfCloseableStream):
         except trio.BrokenResourceError:
             self.leave()
             raise
+        finally:
+            self._reading = False
         if not data:
             self.leave()
         return bytes(data)
@@ -132,6 +143,18 @@ class GuardedStream(trio.abc.HalfCloseableStream):
         """Close our side, unless the connection is to end with a reset."""
         if not self._resetting:
             await self._stream.send_eof()
+            await self.linger()
+
+    async def linger(self) -> None:
+        """If so asked, throw away what the client still sends, until it has closed its side, or for a while."""
+        if not self._lingering:
+            return
+        with trio.move_on_after(DRAIN_SECONDS):
+            while not self._gone.is_set():
+                if self._reading:
+                    await self._gone.wait()
+                else:
+                    await self.receive_some(UNWANTED_SIZE)
 
     async def aclose(self) -> None:
         """Close the socket."""
@@ -146,6 +169,7 @@ class GuardedStream(trio.abc.HalfCloseableStream):
 
     def unwatch(self, leave: Callable[[], None]) -> None:
         """The exchange is over."""
+        self.relaying = False
         del self._exchanges[leave]
         self._set_deadline()
         self._activity.ended(self, idle=not self._exchanges)
@@ -186,6 +210,10 @@ class GuardedStream(trio.abc.HalfCloseableStream):
         self._throwing_away = True
         self.let_through()
 
+    def linger_on_close(self) -> None:
+        """The client is still sending: closing at once would make its kernel throw our answer away (RFC 9112 9.6)."""
+        self._lingering = True
+
     def leave(self) -> None:
         """The client has gone: stop what is done for it, and soon everything else on this connection."""
         for leave in list(self._exchanges):
@@ -194,6 +222,7 @@ class GuardedStream(trio.abc.HalfCloseableStream):
             self._sending.cancel(reason="the client has gone")
         self.scope.deadline = min(self.scope.deadline, trio.current_time() + CLOSING_SECONDS)
         self._left = True
+        self._gone.set()
 
     def abort(self) -> None:
         """Close the socket now; whoever uses it gets an error, and a client that waits for something a reset."""
@@ -239,6 +268,10 @@ class TlsStream:
         if not data:
             self.transport_stream.leave()
         return bytes(data)
+
+    async def send_eof(self) -> None:
+        """Close our side: in TLS that is done by `aclose`, before which a client may be let finish."""
+        await self.transport_stream.linger()
 
     async def aclose(self) -> None:
         """Close the connection, with notice if the client takes it at once."""
@@ -375,17 +408,24 @@ class Server:
         idle_timeout = limits.keep_alive_timeout + CLOSING_SECONDS  # Hypercorn is first where it knows
         guarded = GuardedStream(stream, limits.client_write_timeout, self._activity, idle_timeout)
         self._streams.add(guarded)
-        state = ConnectionState({GUARD: guarded})
+        state = ConnectionState({GUARD: guarded, PARSER: Parser(self._refuser(guarded), limits.client_write_timeout)})
         try:
             with guarded.scope:
                 outer = guarded if self._tls is None else TlsStream(guarded, self._tls)
-                await TCPServer(wrapped, self._config, self._context, state, outer).run()  # type: ignore[arg-type]
+                await HttpServer(wrapped, self._config, self._context, state, outer).run()  # type: ignore[arg-type]
         except Exception as error:
             log.warning("a connection failed", exc_info=error, error=repr(error))
         finally:
             self._streams.discard(guarded)
             # Hypercorn does not come to closing it when it is cancelled.
             guarded.abort()
+
+    def _refuser(self, guarded: GuardedStream) -> Refusing:
+        def refuse(reason: str, method: str, path: str) -> tuple[int, Headers, bytes]:
+            guarded.linger_on_close()
+            return self._app.proxy.refuse_unread(reason, method, path, counted=guarded.relaying)
+
+        return refuse
 
 
 def _hypercorn_config(settings: Settings) -> Config:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 import ssl
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
-from typing import Final, Protocol, cast
+from typing import Any, Final, cast
 from urllib.request import getproxies, proxy_bypass
 
 import httpcore
@@ -22,10 +22,10 @@ from trioproxy import errors
 from trioproxy.config import ConfigError, UpstreamSettings
 from trioproxy.errors import Headers, ProxyError
 from trioproxy.events import Progress
+from trioproxy.network import READ_SIZE, Connection, Stream, step
 
 _BODILESS_STATUS: Final = frozenset({204, 304})
 _CLOSE_SECONDS_MAX: Final = 1.0
-_READ_BYTES_MAX: Final = 64 * 1024
 
 KNOWN_OUT_SECONDS: Final = 10.0
 """How long a failed attempt to connect counts as knowledge that the upstream is out."""
@@ -39,28 +39,47 @@ class Body(httpx.AsyncByteStream):
 
     def __init__(self, content: bytes | AsyncIterator[bytes]) -> None:
         self._content = content
+        self._rest = content
+        self._waiting: trio.CancelScope | None = None
+        self._stopped = False
+        self._taken = 0
+        self._first = self._again = b""
 
     def __aiter__(self) -> AsyncIterator[bytes]:
-        return self if isinstance(self._content, bytes) else self._content
+        return self
 
     async def __anext__(self) -> bytes:
-        if not self._content:
-            raise StopAsyncIteration
-        assert isinstance(self._content, bytes)
-        content, self._content = self._content, b""
-        return content
+        if isinstance(self._rest, bytes):
+            if not self._rest:
+                raise StopAsyncIteration
+            whole, self._rest = self._rest, b""
+            return whole
+        if self._again:
+            piece, self._again = self._again, b""
+            return piece
+        with trio.CancelScope() as self._waiting:
+            if not self._stopped:
+                piece = await anext(self._rest)
+                self._taken += 1
+                self._first = piece if self._taken == 1 else b""
+                return piece
+        raise httpcore.WriteError("the upstream has answered before it has been sent everything")
 
+    @property
+    def is_long(self) -> bool:
+        """Whether sending it may take time, in which the upstream may answer."""
+        return not isinstance(self._content, bytes) or len(self._content) > READ_SIZE
 
-class _Network(Protocol):
-    """The connection below an answer: https://www.encode.io/httpcore/extensions/#network_stream."""
+    def stop(self) -> None:
+        """Ask for nothing more of it: the upstream does not want it. httpcore reads the answer then."""
+        self._stopped = True
+        if self._waiting is not None:
+            self._waiting.cancel(reason="the upstream has answered")
 
-    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes: ...
-
-    async def write(self, buffer: bytes, timeout: float | None = None) -> None: ...
-
-    def get_extra_info(self, info: str) -> object: ...
-
-    async def aclose(self) -> None: ...
+    def rewind(self) -> bool:
+        """Make ready for being sent again, if that is possible: of pieces that arrive only the first is kept."""
+        self._rest, self._again, self._stopped = self._content, self._first, False
+        return self._taken <= 1
 
 
 class _Phases:
@@ -70,8 +89,6 @@ class _Phases:
         self.scope = trio.CancelScope()
         self.began = trio.current_time()
         self.sent_at: float | None = None
-        self.connected: _Network | None = None
-        """The new TCP connection, if one was made."""
         self._request_timeout = request_timeout
         self._ends = math.inf if request_timeout is None else self.began + request_timeout
         self._setting = ""
@@ -104,8 +121,6 @@ class _Phases:
 
     async def trace(self, name: str, info: dict[str, object]) -> None:
         """Told by httpcore how far it is: https://www.encode.io/httpcore/extensions/#trace."""
-        if name == "connection.connect_tcp.complete":
-            self.connected = cast(_Network, info["return_value"])
         if getattr(info.get("request"), "method", None) == b"CONNECT":
             return  # a tunnel through a forward proxy belongs to connecting
         if name == "http11.send_request_headers.started":
@@ -113,7 +128,7 @@ class _Phases:
             self.leave()
 
 
-def _cut_off(network: _Network | None) -> bool:
+def _cut_off(network: Stream | None) -> bool:
     """Whether a TLS connection that is at its end was closed without a close_notify: trio passes over that."""
     tls = network and network.get_extra_info("ssl_object")
     if not isinstance(tls, ssl.SSLObject):
@@ -124,51 +139,160 @@ def _cut_off(network: _Network | None) -> bool:
         return True
 
 
+class _Call:
+    """Sending one request and waiting for the head of its answer."""
+
+    def __init__(self, connection: Connection, body: Body) -> None:
+        self._connection = connection
+        self._body = body
+        self._nursery: trio.Nursery | None = None
+        self._looking: tuple[trio.CancelScope, trio.Event] | None = None
+
+    async def make(self, request: httpx.Request) -> httpx.Response:
+        """Send it, once more if the connection was an old one and nothing of the request has arrived.
+
+        That is known only of a connection that failed before a byte of an answer, with nothing of the request
+        acknowledged: whatever has reached the upstream's kernel may have been acted on (RFC 9110 section 9.2.2).
+        """
+        kept = self._connection.stream is not None
+        try:
+            return await self._attempt(request)
+        except (httpx.NetworkError, httpx.RemoteProtocolError):
+            stream = self._connection.last_stream
+            if not kept or stream is None or not stream.untouched or not self._body.rewind():
+                raise
+        return await self._attempt(request)
+
+    async def _attempt(self, request: httpx.Request) -> httpx.Response:
+        if not self._body.is_long:
+            return await self._connection.handle_async_request(request)
+        answer: httpx.Response | httpx.HTTPError
+        async with trio.open_nursery() as self._nursery:
+            try:
+                answer = await self._connection.handle_async_request(request)
+            except httpx.HTTPError as error:
+                answer = error
+            self._nursery.cancel_scope.cancel()
+        if isinstance(answer, httpx.HTTPError):
+            raise answer
+        return answer
+
+    async def trace(self, name: str) -> None:
+        """Told by httpcore how far it is."""
+        stream = self._connection.stream
+        match name:
+            case "http11.send_request_headers.started" if stream is not None:
+                stream.begin()
+            case "http11.send_request_body.started" if stream is not None and self._nursery is not None:
+                self._looking = trio.CancelScope(), trio.Event()
+                self._nursery.start_soon(self._look, stream, *self._looking)
+            case "http11.receive_response_headers.started" if self._looking is not None:
+                scope, over = self._looking
+                scope.cancel()
+                await over.wait()
+            case _:
+                pass
+
+    async def _look(self, stream: Stream, scope: trio.CancelScope, over: trio.Event) -> None:
+        try:
+            with scope:
+                await stream.look_for_early_answer()
+                self._body.stop()
+        finally:
+            over.set()
+
+
 class Response:
     """The upstream's answer: its head, and its body piece by piece as it arrives."""
 
-    def __init__(self, response: httpx.Response, method: str, phases: _Phases, idle_timeout: float) -> None:
+    def __init__(
+        self, response: httpx.Response, network: Stream | None, method: str, phases: _Phases, idle_timeout: float
+    ) -> None:
         assert isinstance(response.stream, httpx.AsyncByteStream)
         self.status: Final = response.status_code
         self.headers: Final[Headers] = response.headers.raw
         self.whole = False
         """Whether the body has been read to its end."""
         self._stream = response.stream
+        self._network = network
+        # With what has come of the new protocol together with the head.
+        self._switched: httpcore.AsyncNetworkStream = response.extensions["network_stream"]
         self._pieces = response.stream.__aiter__()
+        self._begun: Coroutine[Any, Any, bytes] | None = None
+        self._broken: httpx.HTTPError | ProxyError | None = None
         self._phases = phases
         self._idle_timeout = idle_timeout
         self._left = math.inf
         self._ends_by_closing = not {"transfer-encoding", "content-length"} & response.headers.keys()
-        self._network = cast(_Network | None, response.extensions.get("network_stream"))
         if method == "HEAD" or self.status in _BODILESS_STATUS:
             self._left = 0
         elif "transfer-encoding" not in response.headers and "content-length" in response.headers:
             self._left = int(response.headers["content-length"])
 
     async def read(self) -> bytes:
-        """The next piece; b"" at the end. With the last piece of a body of known length, `whole` is true already.
+        """What has arrived, joined, 64 KiB or so at most; waits until there is something. b"" at the end.
 
-        Raises `ProxyError` if the upstream breaks off.
+        With the last piece `whole` may be true already. Raises `ProxyError` if the upstream breaks off: not before
+        everything that came until then has been returned.
         """
         piece = await self._next() if self._left else b""
         self._left -= len(piece)
+        pieces = [piece]
+        while self._left and not self.whole and (more := await self._at_hand()):
+            pieces.append(more)
+            self._left -= len(more)
         if not self._left and not self.whole:
             await self._next()
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    async def _at_hand(self) -> bytes:
+        """The next piece if it can be had without waiting, else b""."""
+        if self._network is None or self._broken is not None:
+            return b""
+        self._network.stepping = True
+        try:
+            return await self._step() or b""
+        except StopAsyncIteration:
+            self._broken = self._end()
+            return b""
+        except httpx.HTTPError as error:
+            self._broken = error
+            return b""
+        finally:
+            self._network.stepping = False
+
+    def _end(self) -> ProxyError | None:
+        """The body is at its end: whether it is whole, or why not."""
+        if self._left and self._ends_by_closing and _cut_off(self._network):
+            # RFC 9112 section 9.8: anyone on the way can close a TCP connection.
+            reason = "the TLS connection was closed without notice (close_notify), maybe not by the upstream."
+            return ProxyError(errors.UPSTREAM_BROKE_OFF, reason=reason)
+        self.whole = True
+        return None
+
+    async def _step(self) -> bytes | None:
+        """Go on with the read that has been begun; None if it is about to wait."""
+        reading = self._begun or cast("Coroutine[Any, Any, bytes]", anext(self._pieces))
+        self._begun = None
+        if (piece := await step(reading)) is None:
+            self._begun = reading
         return piece
 
     async def _next(self) -> bytes:
         self._phases.enter("upstream.idle_timeout", self._idle_timeout)
         try:
-            return await anext(self._pieces)
+            if self._broken is not None:
+                raise self._broken
+            while (piece := await self._step()) is None:
+                pass
         except StopAsyncIteration:
-            if self._left and self._ends_by_closing and _cut_off(self._network):
-                # RFC 9112 section 9.8: anyone on the way can close a TCP connection.
-                reason = "the TLS connection was closed without notice (close_notify), maybe not by the upstream."
-                raise ProxyError(errors.UPSTREAM_BROKE_OFF, reason=reason) from None
-            self.whole = True
+            if (broken := self._end()) is not None:
+                raise broken from None
             return b""
         except httpx.HTTPError as error:
             raise ProxyError(errors.UPSTREAM_BROKE_OFF, reason=_reason(error)) from error
+        else:
+            return piece
         finally:
             self._phases.leave()
 
@@ -178,8 +302,7 @@ class Response:
 
     def switch(self) -> Switched:
         """The connection of an answer 101, in its new protocol."""
-        assert self._network is not None
-        return Switched(self._network, self._idle_timeout)
+        return Switched(self._switched, self._idle_timeout)
 
     async def run_out(self) -> None:
         """Read on until the closed connection says so.
@@ -188,20 +311,20 @@ class Response:
         """
         with suppress(httpx.HTTPError, StopAsyncIteration):
             while True:
-                await anext(self._pieces)
+                await self._step()
 
 
 class Switched:
     """What the connection has become by an answer 101: bytes in both directions, as long as the call is open."""
 
-    def __init__(self, network: _Network, write_timeout: float) -> None:
+    def __init__(self, network: httpcore.AsyncNetworkStream, write_timeout: float) -> None:
         self._network = network
         self._write_timeout = write_timeout
 
     async def read(self) -> bytes:
         """What has come; b"" at the end. Raises `ProxyError` if the upstream breaks off."""
         try:
-            return await self._network.read(_READ_BYTES_MAX)
+            return await self._network.read(READ_SIZE)
         except httpcore.NetworkError as error:
             reason = _reason(error) if str(error) else "the connection was reset."
             raise ProxyError(errors.UPSTREAM_BROKE_OFF, reason=reason) from error
@@ -229,7 +352,7 @@ class Upstream:
         settings: UpstreamSettings,
         *,
         trust_env: bool = True,
-        new_connection: Callable[[], httpx.AsyncBaseTransport] | None = None,
+        new_connection: Callable[[], Connection] | None = None,
     ) -> None:
         self._settings = settings
         self._url = httpx.URL(settings.base_url)
@@ -246,7 +369,7 @@ class Upstream:
         self._new_connection: Final = new_connection or _connections(
             self.tls, settings.keep_alive_expiry, self._forward_proxy
         )
-        self._idle: deque[tuple[httpx.AsyncBaseTransport, float]] = deque()
+        self._idle: deque[tuple[Connection, float]] = deque()
         self._busy = 0
         self._unreachable_at = -math.inf
 
@@ -270,11 +393,13 @@ class Upstream:
             with phases.scope:
                 phases.enter("upstream.connect_timeout", self._settings.connect_timeout)
                 with self._translated():
-                    answer = await connection.handle_async_request(self._request(method, target, headers, body, phases))
+                    call = _Call(connection, body)
+                    request = self._request(method, target, headers, body, phases, call)
+                    answer = await call.make(request)
                 phases.leave()
                 self._unreachable_at = -math.inf
                 progress.upstream_status = answer.status_code
-                response = Response(answer, method, phases, self._settings.idle_timeout)
+                response = Response(answer, connection.stream, method, phases, self._settings.idle_timeout)
                 if answer.status_code == 101 and not switches:
                     reason = "it switched protocols (101), which was not asked for."
                     raise ProxyError(errors.UPSTREAM_PROTOCOL_ERROR, upstream=str(self._url), reason=reason)
@@ -285,7 +410,7 @@ class Upstream:
             self._busy -= 1
             progress.upstream_seconds = phases.seconds
             progress.upstream_whole = response is not None and response.whole
-            await self._give_back(connection, response, phases.connected)
+            await self._give_back(connection, response)
 
     async def close_expired(self) -> None:
         """Close the connections that have been idle for longer than `upstream.keep_alive_expiry`."""
@@ -332,25 +457,29 @@ class Upstream:
     def __repr__(self) -> str:
         return f"<Upstream {self._url}: {self._busy} calls, {len(self._idle)} idle connections>"
 
-    async def _give_back(
-        self, connection: httpx.AsyncBaseTransport, response: Response | None, connected: _Network | None
-    ) -> None:
+    async def _give_back(self, connection: Connection, response: Response | None) -> None:
         """Keep the connection or close it, also while being cancelled: nothing here waits for the upstream."""
         with trio.move_on_after(_CLOSE_SECONDS_MAX, shield=True):
             if response is not None and response.whole:
                 await response.release()
-                self._idle.append((connection, trio.current_time()))
-                return
+                if connection.stream is None:
+                    return
+                if not connection.has_rest:
+                    self._idle.append((connection, trio.current_time()))
+                    return
             await connection.aclose()
-            if response is not None:
+            if response is not None and not response.whole:
                 await response.run_out()
-            elif connected is not None:
+            elif connection.stream is not None:
                 # httpcore forgets it when it is cut off while it agrees on TLS.
-                await connected.aclose()
+                await connection.stream.aclose()
 
-    def _request(self, method: str, target: bytes, headers: Headers, body: Body, phases: _Phases) -> httpx.Request:
+    def _request(
+        self, method: str, target: bytes, headers: Headers, body: Body, phases: _Phases, call: _Call
+    ) -> httpx.Request:
         async def trace(name: str, info: dict[str, object]) -> None:
             await phases.trace(name, info)
+            await call.trace(name)
             if name == "http11.receive_response_headers.started" and phases.sent_at is not None:
                 phases.enter("upstream.first_byte_timeout", self._settings.first_byte_timeout)
 
@@ -358,12 +487,13 @@ class Upstream:
         extensions = {"timeout": {"write": self._settings.idle_timeout}, "trace": trace}
         if self._forward_proxy is None:
             # Sent as it is: httpx would decode and encode it again.
-            return httpx.Request(
-                method, self._url, headers=headers, stream=body, extensions=extensions | {"target": raw_target}
-            )
-        # What a forward proxy is asked for is another target, which httpcore makes of the URL.
-        url = self._url.copy_with(raw_path=raw_target)
-        return httpx.Request(method, url, headers=headers, stream=body, extensions=extensions)
+            url, extensions = self._url, extensions | {"target": raw_target}
+        else:
+            # What a forward proxy is asked for is another target, which httpcore makes of the URL.
+            url = self._url.copy_with(raw_path=raw_target)
+        request = httpx.Request(method, url, headers=headers, stream=body, extensions=extensions)
+        request.method = method  # httpx writes it in capitals
+        return request
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -415,11 +545,9 @@ def _tls_context(url: httpx.URL, settings: UpstreamSettings) -> ssl.SSLContext:
     return context
 
 
-def _connections(
-    context: ssl.SSLContext, expiry: float, proxy: httpx.Proxy | None
-) -> Callable[[], httpx.AsyncBaseTransport]:
+def _connections(context: ssl.SSLContext, expiry: float, proxy: httpx.Proxy | None) -> Callable[[], Connection]:
     limits = httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=expiry)
-    return lambda: httpx.AsyncHTTPTransport(verify=context, proxy=proxy, limits=limits)
+    return lambda: Connection(verify=context, proxy=proxy, limits=limits)
 
 
 def _environment_proxy(url: httpx.URL) -> httpx.Proxy | None:

@@ -44,7 +44,8 @@ class Handshake:
 
     def __init__(self, scope: WebsocketScope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
         self.arrived: Final = trio.current_time()
-        self.head: Final = request.read_head(cast(request.Scope, {**scope, "method": "GET"}))
+        # Over HTTP/2 it came as a CONNECT (RFC 8441), which is the GET of HTTP/1.1 in all that concerns us.
+        self.head: Final = request.read_head(cast(request.Scope, {**scope, "method": "GET", "state": {}}))
         self.subprotocols: Final = list(scope["subprotocols"])
         self.cancel_scope: Final = trio.CancelScope()
         self.started = False

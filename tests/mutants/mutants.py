@@ -39,6 +39,11 @@ REQUEST: Final = ("test_request.py",)
 GUARD: Final = ("test_guard.py",)
 TLS: Final = ("test_tls.py",)
 WEBSOCKET_CUTS: Final = ("test_websocket_cuts.py",)
+FRAMING: Final = ("conformance/test_framing.py",)
+FAILING: Final = ("conformance/test_failing_upstream.py",)
+LEAVING: Final = ("conformance/test_leaving.py",)
+STREAMING: Final = ("conformance/test_streaming.py",)
+HTTP2: Final = ("conformance/test_http2_wire.py",)
 
 
 class Mutant(NamedTuple):
@@ -612,7 +617,7 @@ MUTANTS: Final = (
     Mutant(
         "a disconnect is noticed only while the client's body is read",
         "connection.py",
-        "nursery.start_soon(exchange.incoming.swallow)",
+        "nursery.start_soon(exchange.incoming.look_after)",
         "pass",
         RELAY,
     ),
@@ -650,6 +655,133 @@ MUTANTS: Final = (
         "self.head.content_length > limit:",
         "self.head.content_length < 0:",
         RELAY,
+    ),
+    # -- What real clients and upstreams do --
+    Mutant(
+        "a request is sent again though the upstream may have acted on it",
+        "network.py",
+        "return number == errno.EPIPE and self._bytes_acked() == self._acked",
+        "return True",
+        FAILING,
+    ),
+    Mutant(
+        "a request on a connection that was closed is not sent again",
+        "network.py",
+        "self.untouched = await self._was_refused(error) if self._written else error is not None",
+        "pass",
+        FAILING,
+    ),
+    Mutant(
+        "a fresh connection is tried twice",
+        "upstream.py",
+        "if not kept or stream is None",
+        "if stream is None",
+        FAILING,
+    ),
+    Mutant(
+        "an early answer waits for the upload's end",
+        "network.py",
+        "            if _has_answer(bytes(self._early)):\n                break\n",
+        "",
+        FAILING,
+    ),
+    Mutant(
+        "an answer 1xx ends an upload",
+        "network.py",
+        "return bool(data) and _INTERIM_BEGUN.match(data) is None",
+        "return bool(data)",
+        ("conformance/test_fidelity.py",),
+    ),
+    Mutant(
+        "what follows an answer is taken for the next one",
+        "upstream.py",
+        "if not connection.has_rest:",
+        "if True:",
+        FAILING,
+    ),
+    Mutant(
+        "each event of a burst is a write of its own",
+        "upstream.py",
+        "(more := await self._at_hand())",
+        'False and (more := b"")',
+        STREAMING,
+    ),
+    Mutant(
+        "an event waits for the next one",
+        "network.py",
+        "        if self.stepping:\n            await _about_to_wait()\n",
+        "",
+        STREAMING,
+    ),
+    Mutant(
+        "what came before an upstream's end is lost with it",
+        "upstream.py",
+        '            self._broken = error\n            return b""',
+        "            raise",
+        STREAMING,
+    ),
+    Mutant(
+        "what the parser refuses has no body",
+        "protocols.py",
+        "        await self._send_h11_event(h11.Data(data=body))\n",
+        "",
+        FRAMING,
+    ),
+    Mutant(
+        "what the parser refuses is not counted",
+        "app.py",
+        "if not counted:",
+        "if counted:",
+        FRAMING,
+    ),
+    Mutant(
+        "what follows a last request cuts its answer off",
+        "protocols.py",
+        "        if self.their_state is h11.MUST_CLOSE:\n            return h11.NEED_DATA\n",
+        "",
+        FRAMING,
+    ),
+    Mutant(
+        "Transfer-Encoding of HTTP/1.0 is believed",
+        "request.py",
+        'if head.chunked and head.http_version == "1.0":',
+        "if False:",
+        FRAMING,
+    ),
+    Mutant(
+        "a client's FIN behind its upload is not looked for",
+        "connection.py",
+        "                await self._read_ahead()\n",
+        "                pass\n",
+        LEAVING,
+    ),
+    Mutant(
+        "an HTTP/2 client's closed window holds nothing back",
+        "protocols.py",
+        "                self.priority.block(stream_id)\n                return\n",
+        "                pass\n",
+        HTTP2,
+    ),
+    Mutant(
+        "an HTTP/2 client's closed window holds the upstream for ever",
+        "protocols.py",
+        "with trio.CancelScope(deadline=self._latest()) as scope:",
+        "with trio.CancelScope() as scope:",
+        HTTP2,
+    ),
+    Mutant(
+        "a broken answer leaves its HTTP/2 stream open",
+        "protocols.py",
+        "await self._reset(event.stream_id, h2.errors.ErrorCodes.INTERNAL_ERROR)",
+        "pass",
+        HTTP2,
+    ),
+    Mutant(
+        "an HTTP/2 upload that nobody takes holds the connection up",
+        "protocols.py",
+        "self._data_received(event)",
+        "await super()._handle_events([event])",
+        HTTP2,
     ),
     # -- What the request says --
     Mutant(
@@ -784,7 +916,7 @@ MUTANTS: Final = (
     Mutant(
         "a connection that was cut off in its TLS handshake stays open",
         "upstream.py",
-        "await connected.aclose()",
+        "await connection.stream.aclose()",
         "pass",
         TLS,
     ),

@@ -1,0 +1,303 @@
+"""Hypercorn's protocol classes, with what HTTP demands of them and they do not do. None of them is patched.
+
+HTTP/1.1: refusals in OpenAI's shape, and counted; empty lines before a request. HTTP/2: a stream that can be reset
+alone, back-pressure that holds when the client's window is closed, uploads that do not hold each other up. Both: the
+method in its own letter case. This module knows nothing of scheduling or of the upstream.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+import h2.errors
+import h2.events
+import h2.exceptions
+import h11
+import trio
+from hypercorn.events import Event, RawData
+from hypercorn.protocol import ProtocolWrapper
+from hypercorn.protocol.events import Body, Data, EndBody, EndData, StreamClosed
+from hypercorn.protocol.events import Event as StreamEvent
+from hypercorn.protocol.h2 import H2Protocol
+from hypercorn.protocol.h11 import H2CProtocolRequiredError, H2ProtocolAssumedError, H11Protocol
+from hypercorn.protocol.http_stream import HTTPStream
+from hypercorn.trio.tcp_server import TCPServer
+from priority.priority import MissingStreamError
+
+from trioproxy.errors import Headers
+from trioproxy.request import METHOD
+
+PARSER: Final = "trioproxy.parser"
+"""The key in a connection's state under which the server puts what the protocols need."""
+
+CONNECTION_WINDOW: Final = 1 << 24
+"""Bytes of uploads that one HTTP/2 connection may have sent before any of them is taken."""
+
+
+class Refusing(Protocol):
+    """Says what to answer to what cannot be read, and counts it."""
+
+    def __call__(self, reason: str, method: str, path: str) -> tuple[int, Headers, bytes]:
+        """Status, headers and body of the answer."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Parser:
+    """What the protocols of one connection need of the server."""
+
+    refuse: Refusing
+    write_timeout: float
+
+
+class HttpServer(TCPServer):
+    """Hypercorn's server of one connection, with protocols of ours."""
+
+    @property
+    def protocol(self) -> Protocols:
+        """What it has put together, replaced."""
+        return self._protocol
+
+    @protocol.setter
+    def protocol(self, theirs: ProtocolWrapper) -> None:
+        self._protocol = Protocols(theirs)
+
+
+class Protocols(ProtocolWrapper):
+    """Chooses the protocol of a connection, as Hypercorn's does."""
+
+    def __init__(self, theirs: ProtocolWrapper) -> None:
+        self.__dict__.update(theirs.__dict__)
+        self.protocol = self._begin(Http2 if isinstance(theirs.protocol, H2Protocol) else Http1)
+
+    async def handle(self, event: Event) -> None:
+        """What has come from the client."""
+        try:
+            await self.protocol.handle(event)
+        except H2ProtocolAssumedError as error:
+            await self._switch(error.data)
+        except H2CProtocolRequiredError as error:
+            await self._switch(error.data, error.headers, error.settings)
+
+    async def _switch(self, data: bytes, *request: object) -> None:
+        self.protocol = self._begin(Http2)
+        await self.protocol.initiate(*request)  # type: ignore[arg-type]
+        if data:
+            await self.protocol.handle(RawData(data=data))
+
+    def _begin(self, kind: type[Http1] | type[Http2]) -> Http1 | Http2:
+        return kind(
+            self.app,
+            self.config,
+            self.context,
+            self.task_group,
+            self.state,
+            self.ssl,
+            self.client,
+            self.server,
+            self.send,
+        )
+
+
+class Lenient(h11.Connection):
+    """h11's connection, deaf to empty lines before a request and to whatever follows a connection's last one.
+
+    RFC 9112 sections 2.2 and 9.6. To h11 these are errors, and to Hypercorn an error is a reason to close, in the
+    second case with the answer half sent.
+    """
+
+    def receive_data(self, data: bytes) -> None:
+        """Take in what has come."""
+        if not data or self.their_state is not h11.MUST_CLOSE:
+            super().receive_data(data)
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        """What that means."""
+        if self.their_state is h11.MUST_CLOSE:
+            return h11.NEED_DATA
+        while self.their_state is h11.IDLE and self.trailing_data[0][:1] in (b"\r", b"\n"):
+            self._receive_buffer.maybe_extract_at_most(1)
+        return super().next_event()
+
+
+class Http1(H11Protocol):
+    """HTTP/1.1 and HTTP/1.0."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.connection = Lenient(h11.SERVER, max_incomplete_event_size=self.config.h11_max_incomplete_size)
+
+    async def _check_protocol(self, event: h11.Request) -> None:
+        self.connection_state[METHOD] = event.method.decode("ascii")
+        await super()._check_protocol(event)
+
+    async def _send_error_response(self, status_code: int) -> None:
+        """Answer what h11 could not read; it is still handling its error."""
+        parser: Parser = self.connection_state[PARSER]
+        scope = self.stream.scope if isinstance(self.stream, HTTPStream) else None
+        method, path = (scope["method"], scope["raw_path"].decode("latin-1")) if scope else ("", "")
+        status, headers, body = parser.refuse(str(sys.exception()), method, path)
+        headers = [*headers, (b"connection", b"close")]
+        await self._send_h11_event(h11.Response(status_code=status, headers=headers))
+        await self._send_h11_event(h11.Data(data=body))
+        await self._send_h11_event(h11.EndOfMessage())
+
+
+@dataclass(slots=True)
+class _Upload:
+    """What has come of a stream's body and has not been taken."""
+
+    data: bytearray = field(default_factory=bytearray)
+    credit: int = 0
+    """Bytes of the stream's window that taking it gives back."""
+    ended: bool = False
+    changed: trio.Event = field(default_factory=trio.Event)
+
+
+class Http2(H2Protocol):
+    """HTTP/2. Each stream has its own fate: what happens to one holds no other up."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._parser: Parser = self.connection_state[PARSER]
+        self._uploads: dict[int, _Upload] = {}
+        self._sending: dict[int, trio.CancelScope] = {}
+        self._unfinished: set[int] = set()
+
+    async def initiate(self, headers: list[tuple[bytes, bytes]] | None = None, settings: bytes | None = None) -> None:
+        """Begin. The window of a connection is that of many streams: one that is not taken leaves room for others."""
+        await super().initiate(headers, settings)
+        self.connection.increment_flow_control_window(CONNECTION_WINDOW)
+        await self._flush()
+
+    async def _handle_events(self, events: list[h2.events.Event]) -> None:
+        for event in events:
+            match event:
+                case h2.events.RequestReceived():
+                    await self._request_received(event)
+                case h2.events.DataReceived():
+                    self._data_received(event)
+                case h2.events.StreamEnded() if event.stream_id in self._uploads:
+                    self._unfinished.discard(event.stream_id)
+                    self._uploads[event.stream_id].ended = True
+                    self._uploads[event.stream_id].changed.set()
+                case h2.events.StreamEnded():
+                    self._unfinished.discard(event.stream_id)
+                    await super()._handle_events([event])
+                case h2.events.StreamReset():
+                    self._unfinished.discard(event.stream_id)
+                    await super()._handle_events([event])
+                case _:
+                    await super()._handle_events([event])
+        await self._flush()
+
+    async def _request_received(self, event: h2.events.RequestReceived) -> None:
+        fields = dict(event.headers)
+        method, path = fields[b":method"].decode("latin-1"), fields.get(b":path", b"")
+        if not path.isascii() and method != "CONNECT":
+            reason = "the path has characters that must be percent-encoded"
+            status, headers, body = self._parser.refuse(reason, method, path.decode("latin-1"))
+            self.connection.send_headers(event.stream_id, [(b":status", b"%d" % status), *headers])
+            self.connection.send_data(event.stream_id, body, end_stream=True)
+            return
+        self.connection_state[METHOD] = method
+        if event.stream_ended is None:
+            self._unfinished.add(event.stream_id)
+        await super()._handle_events([event])
+
+    def _data_received(self, event: h2.events.DataReceived) -> None:
+        if event.stream_id not in self.streams:  # it has been answered already
+            with suppress(h2.exceptions.ProtocolError):
+                self.connection.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+            return
+        upload = self._uploads.get(event.stream_id)
+        if upload is None:
+            upload = self._uploads[event.stream_id] = _Upload()
+            self.task_group.spawn(self._hand_over, event.stream_id, upload)
+        upload.data += event.data
+        upload.credit += event.flow_controlled_length
+        upload.changed.set()
+
+    async def _hand_over(self, stream_id: int, upload: _Upload) -> None:
+        """Give a stream's body to the application as it takes it, and its window back to the client."""
+        while (stream := self.streams.get(stream_id)) is not None:
+            data, credit = bytes(upload.data), upload.credit
+            upload.data.clear()
+            upload.credit = 0
+            if data:
+                await stream.handle(Body(stream_id=stream_id, data=data))
+            if credit:
+                with suppress(h2.exceptions.ProtocolError):
+                    self.connection.acknowledge_received_data(credit, stream_id)
+                await self._flush()
+            elif upload.ended:
+                await stream.handle(EndBody(stream_id=stream_id))
+                break
+            else:
+                upload.changed = trio.Event()
+                await upload.changed.wait()
+        self._uploads.pop(stream_id, None)
+
+    async def stream_send(self, event: StreamEvent) -> None:
+        """Send what the application has to say; a client whose window stays closed does not hold it for ever."""
+        match event:
+            case Body() | EndBody() | Data() | EndData():
+                with trio.CancelScope(deadline=self._latest()) as scope:
+                    self._sending[event.stream_id] = scope
+                    await super().stream_send(event)
+                if scope.cancelled_caught:
+                    await self._reset(event.stream_id, h2.errors.ErrorCodes.CANCEL)
+                    await self._close_stream(event.stream_id)
+                self._sending.pop(event.stream_id, None)
+            case StreamClosed():
+                buffer = self.stream_buffers.get(event.stream_id)
+                if buffer is not None and not buffer.complete:
+                    # A truncated answer must not look whole, and the connection's other streams go on.
+                    await self._reset(event.stream_id, h2.errors.ErrorCodes.INTERNAL_ERROR)
+                await super().stream_send(event)
+            case _:
+                await super().stream_send(event)
+
+    def _latest(self) -> float:
+        return trio.current_time() + self._parser.write_timeout
+
+    async def _send_data(self, stream_id: int) -> None:
+        buffer = self.stream_buffers.get(stream_id)
+        if buffer is None:
+            with suppress(MissingStreamError):
+                self.priority.remove_stream(stream_id)
+            return
+        size = len(buffer.buffer)
+        with suppress(h2.exceptions.ProtocolError):
+            if size and self.connection.local_flow_control_window(stream_id) <= 0:
+                # Taking nothing out would let the application write on.
+                self.priority.block(stream_id)
+                return
+        await super()._send_data(stream_id)
+        if len(buffer.buffer) < size and stream_id in self._sending:
+            self._sending[stream_id].deadline = self._latest()
+        if stream_id not in self.stream_buffers and stream_id in self._unfinished:
+            # Answered before the request's end: its rest is not wanted (RFC 9113 section 8.1).
+            await self._reset(stream_id, h2.errors.ErrorCodes.NO_ERROR)
+
+    async def _reset(self, stream_id: int, code: h2.errors.ErrorCodes) -> None:
+        """End a stream; the sending task throws away what has not been sent of it."""
+        self._unfinished.discard(stream_id)
+        with suppress(h2.exceptions.ProtocolError):
+            self.connection.reset_stream(stream_id, code)
+        if (buffer := self.stream_buffers.get(stream_id)) is not None:
+            await buffer.close()
+            self.priority.unblock(stream_id)
+        await self.has_data.set()
+        await self._flush()
+
+    async def _close_stream(self, stream_id: int) -> None:
+        """Tell the application that it is over: beside everything else, since it may not be listening just now."""
+        if (upload := self._uploads.get(stream_id)) is not None:
+            upload.changed.set()
+        if (stream := self.streams.pop(stream_id, None)) is not None:
+            self.task_group.spawn(stream.handle, StreamClosed(stream_id=stream_id))
+            await self.has_data.set()
