@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
-from typing import Final, Protocol, cast
+from typing import ClassVar, Final, Protocol, cast
 
 import trio
 from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, HTTPScope
@@ -38,6 +38,9 @@ PIECE_SIZE: Final = 64 * 1024
 
 AHEAD_SIZE_MAX: Final = 8 * 1024 * 1024
 """How much: more than a client's kernel holds back by default."""
+
+ALL_AHEAD_SIZE_MAX: Final = 64 * 1024 * 1024
+"""How much of all uploads together."""
 
 
 class Guard(Protocol):
@@ -93,6 +96,9 @@ class Incoming:
     Where nobody takes any for a while, some more is read all the same: a client's FIN comes behind what it has sent.
     """
 
+    ahead_size: ClassVar[int] = 0
+    """Bytes that all uploads together have been read ahead."""
+
     def __init__(self, receive: ASGIReceiveCallable, leave: Callable[[], None]) -> None:
         self._receive = receive
         self._leave = leave
@@ -101,6 +107,7 @@ class Incoming:
         self.abandoned = trio.Event()
         """Nobody is going to take another piece."""
         self._ahead = bytearray()
+        self._charged = 0
         self._taking = trio.Lock()
         self._wanted = trio.current_time()
 
@@ -116,6 +123,21 @@ class Incoming:
     async def __anext__(self) -> bytes:
         self._wanted = math.inf
         try:
+            if not self._ahead and (piece := await self._take()):
+                return piece
+        finally:
+            self._wanted = trio.current_time()
+        if not self._ahead:
+            raise StopAsyncIteration
+        piece = bytes(self._ahead[:PIECE_SIZE])
+        del self._ahead[:PIECE_SIZE]
+        Incoming.ahead_size -= min(len(piece), self._charged)
+        self._charged -= min(len(piece), self._charged)
+        return piece
+
+    async def _take(self) -> bytes:
+        """The next piece, unless it was read ahead meanwhile, or there is none."""
+        try:
             self._taking.acquire_nowait()
         except trio.WouldBlock:
             await self._taking.acquire()
@@ -125,12 +147,13 @@ class Incoming:
                     return piece
         finally:
             self._taking.release()
-            self._wanted = trio.current_time()
-        if not self._ahead:
-            raise StopAsyncIteration
-        piece = bytes(self._ahead[:PIECE_SIZE])
-        del self._ahead[:PIECE_SIZE]
-        return piece
+        return b""
+
+    def forget(self) -> None:
+        """The exchange is over: what was read ahead is not kept."""
+        Incoming.ahead_size -= self._charged
+        self._charged = 0
+        self._ahead.clear()
 
     async def look_after(self) -> None:
         """Read ahead where nobody takes anything; once nobody is going to, throw away what still comes.
@@ -147,8 +170,15 @@ class Incoming:
 
     async def _read_ahead(self) -> None:
         async with self._taking:
-            while len(self._ahead) < AHEAD_SIZE_MAX and not self.complete.is_set():
-                self._ahead += await self._next()
+            while self._may_read_ahead() and not self.complete.is_set():
+                piece = await self._next()
+                self._ahead += piece
+                self._charged += len(piece)
+                Incoming.ahead_size += len(piece)
+
+    def _may_read_ahead(self) -> bool:
+        unwanted = self._wanted != math.inf
+        return unwanted and len(self._ahead) < AHEAD_SIZE_MAX and Incoming.ahead_size < ALL_AHEAD_SIZE_MAX
 
     async def _next(self) -> bytes:
         message = await self._receive()
@@ -217,7 +247,7 @@ class Exchange:
 
     async def finish(self, last: bytes = b"") -> None:
         """Send the last piece, and that it was the last. Once that is under way a disconnect changes nothing."""
-        if not self.incoming.complete.is_set() and not self._closing:
+        if not self.incoming.complete.is_set() and not self._closing and self.head.http_version != "2":
             await self.send(last)
             last = b""
             with trio.move_on_after(DRAIN_SECONDS):
@@ -260,6 +290,7 @@ class Exchange:
             self._guard.watch(self.leave)
 
     def __exit__(self, *_: object) -> None:
+        self.incoming.forget()
         if self._guard is not None:
             self._guard.unwatch(self.leave)
 
@@ -313,6 +344,6 @@ class Connection(TrioASGIHTTPConnection):
 
 def _identified(response: QuartResponse, request_id: str) -> Headers:
     headers = encode_headers(response.headers)
-    return (
-        headers if "x-trioproxy-request-id" in response.headers else headers + request.identification(request_id, None)
-    )
+    if "x-trioproxy-request-id" in response.headers:
+        return headers
+    return [*headers, (b"x-request-id", request_id.encode()), *request.identification(request_id, None)]

@@ -118,8 +118,10 @@ class Lenient(h11.Connection):
         """What that means."""
         if self.their_state is h11.MUST_CLOSE:
             return h11.NEED_DATA
-        while self.their_state is h11.IDLE and self.trailing_data[0][:1] in (b"\r", b"\n"):
-            self._receive_buffer.maybe_extract_at_most(1)
+        if self.their_state is h11.IDLE:
+            data = self.trailing_data[0]
+            if blank := len(data) - len(data.lstrip(b"\r\n")):
+                self._receive_buffer.maybe_extract_at_most(blank)
         return super().next_event()
 
 
@@ -240,6 +242,11 @@ class Http2(H2Protocol):
                 upload.changed = trio.Event()
                 await upload.changed.wait()
         self._uploads.pop(stream_id, None)
+        if upload.credit:
+            # The connection's window is for all of its streams.
+            with suppress(h2.exceptions.ProtocolError):
+                self.connection.acknowledge_received_data(upload.credit, stream_id)
+            await self._flush()
 
     async def stream_send(self, event: StreamEvent) -> None:
         """Send what the application has to say; a client whose window stays closed does not hold it for ever."""

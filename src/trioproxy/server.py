@@ -91,7 +91,9 @@ class GuardedStream(trio.abc.HalfCloseableStream):
         self.encrypted = False
         """Whether what is sent here is encrypted already."""
         self._lingering = False
-        self._reading = False
+        self._throwing_rest_away = False
+        self._reading: trio.Event | None = None
+        """Set when the read that is under way is over."""
         self._gone = trio.Event()
         self._writes_until = math.inf
         self._left = False
@@ -123,18 +125,26 @@ class GuardedStream(trio.abc.HalfCloseableStream):
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """What has come from the client; b"" when it has closed its side."""
-        self._reading = True
+        if self._throwing_rest_away:
+            await self._gone.wait()
+            return b""
+        data = await self._read(max_bytes)
+        if data and self._held_back is not None:
+            await self._held_back.wait()
+        while data and self._throwing_away:
+            data = await self._read(max_bytes)
+        return data
+
+    async def _read(self, max_bytes: int | None) -> bytes:
+        self._reading = trio.Event()
         try:
             data = await self._stream.receive_some(max_bytes)
-            if data and self._held_back is not None:
-                await self._held_back.wait()
-            while data and self._throwing_away:
-                data = await self._stream.receive_some(max_bytes)
         except trio.BrokenResourceError:
             self.leave()
             raise
         finally:
-            self._reading = False
+            self._reading.set()
+            self._reading = None
         if not data:
             self.leave()
         return bytes(data)
@@ -149,15 +159,17 @@ class GuardedStream(trio.abc.HalfCloseableStream):
         """If so asked, throw away what the client still sends, until it has closed its side, or for a while."""
         if not self._lingering:
             return
+        self._throwing_rest_away = True
         with trio.move_on_after(DRAIN_SECONDS):
             while not self._gone.is_set():
-                if self._reading:
-                    await self._gone.wait()
+                if self._reading is not None:
+                    await self._reading.wait()
                 else:
-                    await self.receive_some(UNWANTED_SIZE)
+                    await self._read(UNWANTED_SIZE)
 
     async def aclose(self) -> None:
         """Close the socket."""
+        self._gone.set()
         await self._stream.aclose()
 
     def watch(self, leave: Callable[[], None]) -> None:
