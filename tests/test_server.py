@@ -575,7 +575,10 @@ async def test_probes_and_metrics(upstream: Upstream) -> None:
             missing = await proxy.client.get(path)
             assert (missing.status_code, missing.json()["error"]["code"]) == (404, "not_found")
         assert (await proxy.client.post("/health")).status_code == 404
-        assert (await proxy.client.head("/health")).status_code == 200
+        for path in ("/health", "/ready", "/metrics"):
+            answer = await proxy.client.head(path, headers={"X-Request-Id": "mine"})
+            assert answer.status_code == 200
+            assert answer.headers["x-request-id"] == answer.headers["x-trioproxy-request-id"] == "mine"
 
 
 async def test_shutting_down_finishes_running_and_queued_work(upstream: Upstream) -> None:

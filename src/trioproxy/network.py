@@ -40,6 +40,37 @@ _ACKED_AT: Final = 120
 """Where `tcpi_bytes_acked` (RFC 4898) is in Linux's `struct tcp_info`."""
 
 
+class _Transport(trio.abc.Stream):
+    """What TLS works on. Its sending can be stopped without TLS noticing, which could not be read from otherwise."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self.socket: Final = stream.socket
+        self._stream = stream
+        self._stopped = False
+        self._sending: trio.CancelScope | None = None
+
+    def stop_sending(self) -> None:
+        """Throw away what is being sent, and will be."""
+        self._stopped = True
+        if self._sending is not None:
+            self._sending.cancel(reason="the upstream has answered")
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        with trio.CancelScope() as self._sending:
+            if not self._stopped:
+                await self._stream.send_all(data)
+        self._sending = None
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._stream.wait_send_all_might_not_block()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        return await self._stream.receive_some(max_bytes)
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
 class Stream(httpcore.AsyncNetworkStream):
     """One connection to the upstream."""
 
@@ -49,9 +80,12 @@ class Stream(httpcore.AsyncNetworkStream):
         self.untouched = False
         """The connection has failed, and nothing of the last request has arrived."""
         self.closed = False
+        self.at_end = False
+        """The upstream has said in TLS that it closes, without being asked for more."""
         self.stepping = False
         """Whether a read that is about to wait says so to `step`."""
         self._stream = stream
+        self._transport: _Transport | None = None
         self._early = bytearray()
         self._sending: trio.CancelScope | None = None
         self._acked: int | None = None
@@ -113,7 +147,9 @@ class Stream(httpcore.AsyncNetworkStream):
             if _has_answer(bytes(self._early)):
                 break
         self.answered = True
-        if self._sending is not None:
+        if self._transport is not None:
+            self._transport.stop_sending()
+        elif self._sending is not None:
             self._sending.cancel(reason="the upstream has answered")
 
     async def aclose(self) -> None:
@@ -125,11 +161,17 @@ class Stream(httpcore.AsyncNetworkStream):
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
     ) -> httpcore.AsyncNetworkStream:
         """Go on in TLS, on this same object."""
+        plain = getattr(self._stream, "_stream", None)
+        if isinstance(plain, trio.SocketStream):
+            self._transport = _Transport(plain)
+            vars(self._stream)["_stream"] = self._transport  # httpcore makes the TLS on top of it
         self._stream = await self._stream.start_tls(ssl_context, server_hostname, timeout)
         return self
 
     def get_extra_info(self, info: str) -> Any:
         """As httpcore's own."""
+        if self._transport is not None and info in ("socket", "is_readable"):
+            return self._transport.socket if info == "socket" else self._transport.socket.is_readable()
         return self._stream.get_extra_info(info)
 
     async def _judge(self, error: Exception | None) -> None:
@@ -170,9 +212,13 @@ class Stream(httpcore.AsyncNetworkStream):
         while ssl_object is not None and len(data) < max_bytes:
             try:
                 more = ssl_object.read(max_bytes - len(data))
-            except ssl.SSLError:  # nothing more, or the end: the next read says which
+            except ssl.SSLWantReadError:
+                break
+            except ssl.SSLError:  # the next read says so too
+                self.at_end = True
                 break
             if not more:
+                self.at_end = True
                 break
             data += more
         return data
@@ -215,7 +261,9 @@ class Connection(httpx.AsyncHTTPTransport):
 
     @property
     def has_rest(self) -> bool:
-        """Whether more has come than the last answer: it would be taken for the next one (RFC 9112 section 9.2)."""
+        """Whether more has come than the last answer, if only that it was the last one: RFC 9112 section 9.2."""
+        if self.stream is not None and self.stream.at_end:
+            return True
         layer: object = next(iter(self._pool.connections), None)
         while layer is not None and not hasattr(layer, "_h11_state"):
             layer = getattr(layer, "_connection", None)

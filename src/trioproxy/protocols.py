@@ -24,8 +24,10 @@ from hypercorn.protocol.events import Event as StreamEvent
 from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.protocol.h11 import H2CProtocolRequiredError, H2ProtocolAssumedError, H11Protocol
 from hypercorn.protocol.http_stream import HTTPStream
+from hypercorn.protocol.ws_stream import WSStream
 from hypercorn.trio.tcp_server import TCPServer
 from priority.priority import MissingStreamError
+from wsproto.connection import ConnectionState
 
 from trioproxy.errors import Headers
 from trioproxy.request import METHOD
@@ -51,6 +53,10 @@ class Parser:
 
     refuse: Refusing
     write_timeout: float
+
+
+READ_AS_TEXT: Final = frozenset({b"connection", b"upgrade", b"sec-websocket-protocol", b"sec-websocket-extensions"})
+"""Fields that Hypercorn reads as ASCII, and fails on if they are not."""
 
 
 class HttpServer(TCPServer):
@@ -122,7 +128,12 @@ class Lenient(h11.Connection):
             data = self.trailing_data[0]
             if blank := len(data) - len(data.lstrip(b"\r\n")):
                 self._receive_buffer.maybe_extract_at_most(blank)
-        return super().next_event()
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            for name, value in event.headers:
+                if name in READ_AS_TEXT and not value.isascii():
+                    raise h11.RemoteProtocolError(f"the field {name.decode()} has characters that are not ASCII")
+        return event
 
 
 class Http1(H11Protocol):
@@ -155,8 +166,27 @@ class _Upload:
     data: bytearray = field(default_factory=bytearray)
     credit: int = 0
     """Bytes of the stream's window that taking it gives back."""
+    owed: int = 0
+    """The same, and what is just being taken."""
     ended: bool = False
     changed: trio.Event = field(default_factory=trio.Event)
+
+
+def _unusable(fields: dict[bytes, bytes]) -> str:
+    """Why Hypercorn would fail on an HTTP/2 request with these fields, and all of the connection with it; or empty."""
+    if not fields[b":method"].isascii():
+        return "the method has characters that are not ASCII"
+    if not fields.get(b":path", b"").isascii():
+        return "the path has characters that must be percent-encoded"
+    if fields[b":method"].upper() == b"CONNECT" and fields.get(b":protocol") != b"websocket":
+        return "CONNECT is served for WebSockets alone: this is no forward proxy"
+    wrong = [name.decode() for name in READ_AS_TEXT if not fields.get(name, b"").isascii()]
+    return f"the field {wrong[0]} has characters that are not ASCII" if wrong else ""
+
+
+def _is_closed(stream: HTTPStream | WSStream | None) -> bool:
+    """Whether this is a WebSocket that both sides have closed."""
+    return isinstance(stream, WSStream) and stream.connection.state is ConnectionState.CLOSED
 
 
 class Http2(H2Protocol):
@@ -186,6 +216,9 @@ class Http2(H2Protocol):
                     self._unfinished.discard(event.stream_id)
                     self._uploads[event.stream_id].ended = True
                     self._uploads[event.stream_id].changed.set()
+                case h2.events.StreamEnded() if isinstance(self.streams.get(event.stream_id), WSStream):
+                    self._unfinished.discard(event.stream_id)
+                    await self._close_stream(event.stream_id)  # what a FIN is to HTTP/1.1 (RFC 8441 section 5)
                 case h2.events.StreamEnded():
                     self._unfinished.discard(event.stream_id)
                     await super()._handle_events([event])
@@ -199,8 +232,7 @@ class Http2(H2Protocol):
     async def _request_received(self, event: h2.events.RequestReceived) -> None:
         fields = dict(event.headers)
         method, path = fields[b":method"].decode("latin-1"), fields.get(b":path", b"")
-        if not path.isascii() and method != "CONNECT":
-            reason = "the path has characters that must be percent-encoded"
+        if reason := _unusable(fields):
             status, headers, body = self._parser.refuse(reason, method, path.decode("latin-1"))
             self.connection.send_headers(event.stream_id, [(b":status", b"%d" % status), *headers])
             self.connection.send_data(event.stream_id, body, end_stream=True)
@@ -221,6 +253,7 @@ class Http2(H2Protocol):
             self.task_group.spawn(self._hand_over, event.stream_id, upload)
         upload.data += event.data
         upload.credit += event.flow_controlled_length
+        upload.owed += event.flow_controlled_length
         upload.changed.set()
 
     async def _hand_over(self, stream_id: int, upload: _Upload) -> None:
@@ -232,21 +265,25 @@ class Http2(H2Protocol):
             if data:
                 await stream.handle(Body(stream_id=stream_id, data=data))
             if credit:
-                with suppress(h2.exceptions.ProtocolError):
-                    self.connection.acknowledge_received_data(credit, stream_id)
-                await self._flush()
+                await self._give_back(stream_id, upload, credit)
             elif upload.ended:
-                await stream.handle(EndBody(stream_id=stream_id))
+                if isinstance(stream, WSStream):
+                    await self._close_stream(stream_id)
+                else:
+                    await stream.handle(EndBody(stream_id=stream_id))
                 break
             else:
                 upload.changed = trio.Event()
                 await upload.changed.wait()
         self._uploads.pop(stream_id, None)
-        if upload.credit:
-            # The connection's window is for all of its streams.
-            with suppress(h2.exceptions.ProtocolError):
-                self.connection.acknowledge_received_data(upload.credit, stream_id)
-            await self._flush()
+
+    async def _give_back(self, stream_id: int, upload: _Upload, size: int) -> None:
+        """Let the client send as much again."""
+        size = min(size, upload.owed)
+        upload.owed -= size
+        with suppress(h2.exceptions.ProtocolError):
+            self.connection.acknowledge_received_data(size, stream_id)
+        await self._flush()
 
     async def stream_send(self, event: StreamEvent) -> None:
         """Send what the application has to say; a client whose window stays closed does not hold it for ever."""
@@ -261,7 +298,11 @@ class Http2(H2Protocol):
                 self._sending.pop(event.stream_id, None)
             case StreamClosed():
                 buffer = self.stream_buffers.get(event.stream_id)
-                if buffer is not None and not buffer.complete:
+                if buffer is not None and _is_closed(self.streams.get(event.stream_id)):
+                    buffer.set_complete()  # behind the close frame that answers the client's
+                    self.priority.unblock(event.stream_id)
+                    await self.has_data.set()
+                elif buffer is not None and not buffer.complete:
                     # A truncated answer must not look whole, and the connection's other streams go on.
                     await self._reset(event.stream_id, h2.errors.ErrorCodes.INTERNAL_ERROR)
                 await super().stream_send(event)
@@ -305,6 +346,8 @@ class Http2(H2Protocol):
         """Tell the application that it is over: beside everything else, since it may not be listening just now."""
         if (upload := self._uploads.get(stream_id)) is not None:
             upload.changed.set()
+            # The connection's window is for all of its streams.
+            await self._give_back(stream_id, upload, upload.owed)
         if (stream := self.streams.pop(stream_id, None)) is not None:
             self.task_group.spawn(stream.handle, StreamClosed(stream_id=stream_id))
             await self.has_data.set()

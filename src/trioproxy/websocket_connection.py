@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final, cast
 
 import trio
-from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, WebsocketScope
+from hypercorn.typing import ASGIReceiveCallable, ASGIReceiveEvent, ASGISendCallable, WebsocketScope
 from quart.utils import encode_headers
 from quart.wrappers import Response as QuartResponse
 from quart_trio import QuartTrio
@@ -52,6 +52,7 @@ class Handshake:
         self.refused_by_server = False
         """The server has answered by itself, because the client did not wait for an answer."""
         self._accepted = False
+        self._heard: trio.MemoryReceiveChannel[ASGIReceiveEvent] | None = None
         self._too_large = trio.Event()
         self._receive = receive
         self._send = send
@@ -89,7 +90,7 @@ class Handshake:
     async def receive(self) -> str | bytes | Closed:
         """The next message, or that the client closes. If it is gone without a word, all of this is cancelled."""
         while True:
-            message = await self._receive()
+            message = await self._next()
             if message["type"] == "websocket.disconnect":
                 if self._closed is None:
                     self.leave()
@@ -98,6 +99,19 @@ class Handshake:
             if message["type"] == "websocket.receive":
                 data = message.get("bytes")
                 return cast(str, message.get("text")) if data is None else bytes(data)
+
+    async def listen(self) -> None:
+        """Without a guard that watches this client alone: notice that it goes before anybody receives from it."""
+        sender, self._heard = trio.open_memory_channel[ASGIReceiveEvent](0)
+        while True:
+            message = await self._receive()
+            if message["type"] == "websocket.disconnect" and not self.started:
+                self.leave()
+            if message["type"] != "websocket.connect":
+                await sender.send(message)
+
+    async def _next(self) -> ASGIReceiveEvent:
+        return await (self._receive() if self._heard is None else self._heard.receive())
 
     async def send(self, message: str | bytes) -> None:
         """Send a message; returns when there is room for more."""
@@ -175,7 +189,11 @@ class WebSocketConnection:
             with handshake.cancel_scope:
                 for _ in range(STEPS_TO_REFUSE):
                     await trio.lowlevel.checkpoint()
-                await self._run(handshake)
+                async with trio.open_nursery() as nursery:
+                    if handshake.head.http_version == "2":
+                        nursery.start_soon(handshake.listen)
+                    await self._run(handshake)
+                    nursery.cancel_scope.cancel()
             if handshake.refused_by_server:
                 # Until it has noted that, Hypercorn would answer once more, and fail.
                 await trio.sleep(REFUSING_SECONDS)
