@@ -44,6 +44,7 @@ FAILING: Final = ("conformance/test_failing_upstream.py",)
 LEAVING: Final = ("conformance/test_leaving.py",)
 STREAMING: Final = ("conformance/test_streaming.py",)
 HTTP2: Final = ("conformance/test_http2_wire.py",)
+MEETINGS: Final = ("conformance/test_meetings.py",)
 
 
 class Mutant(NamedTuple):
@@ -919,6 +920,20 @@ MUTANTS: Final = (
         "await connection.stream.aclose()",
         "pass",
         TLS,
+    ),
+    Mutant(
+        "an early answer over TLS does not stop the sending",
+        "network.py",
+        "self._transport.stop_sending()",
+        "pass",
+        MEETINGS,
+    ),
+    Mutant(
+        "the end of a WebSocket's HTTP/2 stream is passed over",
+        "protocols.py",
+        "if isinstance(stream, WSStream):",
+        "if False:",
+        MEETINGS,
     ),
     Mutant(
         "no client certificate is shown",
