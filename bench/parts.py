@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ import trio
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
 from processes import environment, free_port
+from support import CHUNKED, LAST_CHUNK, chunk
 
 HERE: Final = Path(__file__).resolve().parent
 EVENT: Final = b"data: " + b"x" * 242 + b"\n\n"
@@ -24,13 +25,6 @@ EVENT: Final = b"data: " + b"x" * 242 + b"\n\n"
 
 ANSWER: Final = b'{"object": "chat.completion", "padding": "' + b"x" * 980 + b'"}'
 REQUEST_BODY: Final = b'{"model": "gpt-sim", "messages": [{"role": "user", "content": "' + b"x" * 950 + b'"}]}'
-LAST_CHUNK: Final = b"0\r\n\r\n"
-CHUNKED_HEAD: Final = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
-
-
-def chunk(data: bytes) -> bytes:
-    """One chunk of a chunked body."""
-    return b"%x\r\n%b\r\n" % (len(data), data)
 
 
 class Upstream:
@@ -72,9 +66,9 @@ class Upstream:
             length = b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(ANSWER)
             await stream.send_all(b"HTTP/1.1 200 OK\r\n" + length + ANSWER)
         elif kind == b"burst":
-            await stream.send_all(CHUNKED_HEAD + chunk(EVENT) * count + LAST_CHUNK)
+            await stream.send_all(CHUNKED + chunk(EVENT) * count + LAST_CHUNK)
         else:
-            await stream.send_all(CHUNKED_HEAD)
+            await stream.send_all(CHUNKED)
             due = trio.current_time()
             for _ in range(count):
                 due += 0.01
@@ -146,9 +140,7 @@ def command(name: str, port: int, upstream: str, extra: Sequence[str]) -> tuple[
 
 
 @asynccontextmanager
-async def running(
-    name: str, upstream: str, *extra: str, variables: Mapping[str, str] | None = None
-) -> AsyncIterator[Server]:
+async def running(name: str, upstream: str, *extra: str) -> AsyncIterator[Server]:
     """A server as a process of its own, its log written to a file that nobody keeps; ended with the block."""
     port = free_port()
     arguments, needed, folder = command(name, port, upstream, extra)
@@ -157,7 +149,7 @@ async def running(
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env=environment({**needed, **(variables or {})}),
+        env=environment(needed),
         cwd=folder,
     )
     try:

@@ -107,7 +107,6 @@ class Incoming:
         self.abandoned = trio.Event()
         """Nobody is going to take another piece."""
         self._ahead = bytearray()
-        self._charged = 0
         self._taking = trio.Lock()
         self._wanted = trio.current_time()
 
@@ -117,7 +116,7 @@ class Incoming:
     async def is_empty(self) -> bool:
         """Whether there is no body, which HTTP/2 does not announce: known once something has come."""
         while not self._ahead and not self.complete.is_set():
-            self._ahead += await self._next()
+            self._keep(await self._next())
         return not self._ahead
 
     async def __anext__(self) -> bytes:
@@ -131,8 +130,7 @@ class Incoming:
             raise StopAsyncIteration
         piece = bytes(self._ahead[:PIECE_SIZE])
         del self._ahead[:PIECE_SIZE]
-        Incoming.ahead_size -= min(len(piece), self._charged)
-        self._charged -= min(len(piece), self._charged)
+        Incoming.ahead_size -= len(piece)
         return piece
 
     async def _take(self) -> bytes:
@@ -151,9 +149,12 @@ class Incoming:
 
     def forget(self) -> None:
         """The exchange is over: what was read ahead is not kept."""
-        Incoming.ahead_size -= self._charged
-        self._charged = 0
+        Incoming.ahead_size -= len(self._ahead)
         self._ahead.clear()
+
+    def _keep(self, piece: bytes) -> None:
+        self._ahead += piece
+        Incoming.ahead_size += len(piece)
 
     async def look_after(self) -> None:
         """Read ahead where nobody takes anything; once nobody is going to, throw away what still comes.
@@ -171,10 +172,7 @@ class Incoming:
     async def _read_ahead(self) -> None:
         async with self._taking:
             while self._may_read_ahead() and not self.complete.is_set():
-                piece = await self._next()
-                self._ahead += piece
-                self._charged += len(piece)
-                Incoming.ahead_size += len(piece)
+                self._keep(await self._next())
 
     def _may_read_ahead(self) -> bool:
         unwanted = self._wanted != math.inf

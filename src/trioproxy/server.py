@@ -58,10 +58,6 @@ UNWANTED_SIZE: Final = 64 * 1024
 _GONE: Final = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
 
 
-def _ignore(_: bytes) -> None:
-    return
-
-
 class GuardedStream(trio.abc.HalfCloseableStream):
     """The socket below one of Hypercorn's connections.
 
@@ -85,18 +81,18 @@ class GuardedStream(trio.abc.HalfCloseableStream):
         self._sending: trio.CancelScope | None = None
         self._exchanges: dict[Callable[[], None], float] = {}
         self._resetting = False
-        self._told: Callable[[bytes], None] = _ignore
+        self._told: Callable[[bytes], None] | None = None
         self._held_back: trio.Event | None = None
         self._throwing_away = False
         self.encrypted = False
         """Whether what is sent here is encrypted already."""
         self._lingering = False
         self._throwing_rest_away = False
-        self._reading: trio.Event | None = None
-        """Set when the read that is under way is over."""
+        self._reading = False
+        self._read_over: trio.Event | None = None
+        """Set when the read that is under way is over, if somebody waits for that."""
         self._gone = trio.Event()
         self._writes_until = math.inf
-        self._left = False
         self._set_deadline()
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
@@ -136,15 +132,16 @@ class GuardedStream(trio.abc.HalfCloseableStream):
         return data
 
     async def _read(self, max_bytes: int | None) -> bytes:
-        self._reading = trio.Event()
+        self._reading = True
         try:
             data = await self._stream.receive_some(max_bytes)
         except trio.BrokenResourceError:
             self.leave()
             raise
         finally:
-            self._reading.set()
-            self._reading = None
+            self._reading = False
+            if self._read_over is not None:
+                self._read_over.set()
         if not data:
             self.leave()
         return bytes(data)
@@ -162,8 +159,9 @@ class GuardedStream(trio.abc.HalfCloseableStream):
         self._throwing_rest_away = True
         with trio.move_on_after(DRAIN_SECONDS):
             while not self._gone.is_set():
-                if self._reading is not None:
-                    await self._reading.wait()
+                if self._reading:
+                    self._read_over = trio.Event()
+                    await self._read_over.wait()
                 else:
                     await self._read(UNWANTED_SIZE)
 
@@ -205,7 +203,8 @@ class GuardedStream(trio.abc.HalfCloseableStream):
 
     def tell(self, data: bytes | bytearray | memoryview) -> None:
         """This is about to be sent."""
-        self._told(bytes(data[:OVERHEARD_BYTES_MAX]))
+        if self._told is not None:
+            self._told(bytes(data[:OVERHEARD_BYTES_MAX]))
 
     def hold_back(self) -> None:
         """Keep what comes from the client from now on until `let_through` or `throw_away`."""
@@ -233,7 +232,6 @@ class GuardedStream(trio.abc.HalfCloseableStream):
         if self._sending is not None:
             self._sending.cancel(reason="the client has gone")
         self.scope.deadline = min(self.scope.deadline, trio.current_time() + CLOSING_SECONDS)
-        self._left = True
         self._gone.set()
 
     def abort(self) -> None:
@@ -244,7 +242,7 @@ class GuardedStream(trio.abc.HalfCloseableStream):
 
     def _set_deadline(self) -> None:
         """Without an exchange the connection may go on for a while; once the client has gone nothing changes that."""
-        if not self._left:
+        if not self._gone.is_set():
             self.scope.deadline = math.inf if self._exchanges else trio.current_time() + self._idle_timeout
 
 

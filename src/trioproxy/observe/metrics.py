@@ -113,6 +113,7 @@ class Metrics:
         self._define_gauges(permits)
         self._define_queue_gauges(max_queue, queue_timeout)
         self._define_counters()
+        self._define_counters_beside()
         self._define_histograms()
         self._handlers: dict[type[Event], Callable[..., None]] = {
             Queued: self._queued,
@@ -193,11 +194,11 @@ class Metrics:
         timeout = self._gauge("queue_timeout_seconds", "How long a request may wait before it is turned away.")
         timeout.labels(self._pool).set(queue_timeout)
 
-    def _define_counters(self) -> None:
-        def counter(name: str, help_text: str, *labels: str) -> Counter:
-            return Counter(f"openai_proxy_{name}", help_text, labels, registry=self.registry)
+    def _counter(self, name: str, help_text: str, *labels: str) -> Counter:
+        return Counter(f"openai_proxy_{name}", help_text, labels, registry=self.registry)
 
-        requests = counter(
+    def _define_counters(self) -> None:
+        requests = self._counter(
             "requests", "Scheduled requests that have ended, by how.", "pool", "priority_level", "status"
         )
         self._requests = {
@@ -205,7 +206,7 @@ class Metrics:
             for level in priority.LEVELS
             for status in Status
         }
-        outcomes = counter(
+        outcomes = self._counter(
             "requests_outcome",
             "Scheduled requests that have ended, by who or what decided it. upstream_error: look at the upstream; "
             "proxy_error: a bug of the proxy, with a traceback in its log.",
@@ -213,36 +214,38 @@ class Metrics:
             "outcome",
         )
         self._outcomes = {outcome: outcomes.labels(self._pool, outcome) for outcome in Outcome}
-        evicted = counter(
+        evicted = self._counter(
             "requests_evicted",
             "Queued requests that had to give their place to a more urgent one, by their own level.",
             "pool",
             "evicted_priority",
         )
         self._evicted = {level: evicted.labels(self._pool, level) for level in priority.LEVELS}
-        rejected = counter(
+        rejected = self._counter(
             "requests_rejected", "Requests turned away because the queue was full.", "pool", "priority_level"
         )
         self._rejected = {level: rejected.labels(self._pool, level) for level in priority.LEVELS}
-        passed_through = counter(
+
+    def _define_counters_beside(self) -> None:
+        passed_through = self._counter(
             "passthrough_requests", "Requests that need no slot, by class of the answer's status.", "http_status"
         )
         self._passed = {status: passed_through.labels(status) for status in PASSED_THROUGH_STATUSES}
-        websockets = counter(
+        websockets = self._counter(
             "websocket_sessions",
             "WebSocket handshakes under /v1/ and what came of them, by what ended the session. upstream_error: look at "
             "the upstream; rejected: too many at once, or shutting down; proxy_error: a bug of the proxy, see its log.",
             "outcome",
         )
         self._websocket_sessions = {outcome: websockets.labels(outcome) for outcome in WebSocketOutcome}
-        self._invariant_violations = counter(
+        self._invariant_violations = self._counter(
             "invariant_violations",
             "Self-checks that failed: slots, queue, tasks and metrics did not agree. Must stay 0; the log says what.",
         )
-        self._listener_failures = counter(
+        self._listener_failures = self._counter(
             "listener_failures", "Events that a metric, the log or another listener failed on: a bug. See the log."
         )
-        refused = counter("refused", "Requests turned away before scheduling: malformed or too large.", "code")
+        refused = self._counter("refused", "Requests turned away before scheduling: malformed or too large.", "code")
         self._refusals = {
             ending.code: refused.labels(ending.code)
             for ending in errors.ENDINGS
