@@ -20,6 +20,7 @@ import httpx
 import pytest
 import trio
 
+from processes import free_port
 from support import CHUNKED, LAST_CHUNK, Call, Proxy, Upstream, chunk, running_proxy, until
 from trioproxy.events import Ended, Queued, Started
 from trioproxy.observe import logs
@@ -579,6 +580,19 @@ async def test_probes_and_metrics(upstream: Upstream) -> None:
             answer = await proxy.client.head(path, headers={"X-Request-Id": "mine"})
             assert answer.status_code == 200
             assert answer.headers["x-request-id"] == answer.headers["x-trioproxy-request-id"] == "mine"
+
+
+async def test_messages_say_it_in_words_and_not_in_pythons() -> None:
+    async with running_proxy(f"http://127.0.0.1:{free_port()}/v1") as proxy:
+        refused = (await proxy.client.get("/v1/models")).json()["error"]["message"]
+        assert refused.endswith("/v1: Connection refused.")
+        stream = await proxy.connect()
+        await stream.send_all(b"nonsense\r\n\r\n")
+        answer = b""
+        with trio.fail_after(5):
+            while b"}}" not in answer:
+                answer += await stream.receive_some()
+        assert b"illegal request line: 'nonsense'." in answer
 
 
 async def test_shutting_down_finishes_running_and_queued_work(upstream: Upstream) -> None:

@@ -7,6 +7,7 @@ method in its own letter case. This module knows nothing of scheduling or of the
 
 from __future__ import annotations
 
+import re
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -54,6 +55,9 @@ class Parser:
     refuse: Refusing
     write_timeout: float
 
+
+_QUOTED_BYTES: Final = re.compile(r"""\b(?:bytearray\(b|b)(?P<quoted>'[^']*'|"[^"]*")\)?""")
+"""How h11 quotes what it could not read: as Python would."""
 
 READ_AS_TEXT: Final = frozenset({b"connection", b"upgrade", b"sec-websocket-protocol", b"sec-websocket-extensions"})
 """Fields that Hypercorn reads as ASCII, and fails on if they are not."""
@@ -152,7 +156,8 @@ class Http1(H11Protocol):
         parser: Parser = self.connection_state[PARSER]
         scope = self.stream.scope if isinstance(self.stream, HTTPStream) else None
         method, path = (scope["method"], scope["raw_path"].decode("latin-1")) if scope else ("", "")
-        status, headers, body = parser.refuse(str(sys.exception()), method, path)
+        reason = _QUOTED_BYTES.sub(r"\1", str(sys.exception()))
+        status, headers, body = parser.refuse(reason, method, path)
         headers = [*headers, (b"connection", b"close")]
         await self._send_h11_event(h11.Response(status_code=status, headers=headers))
         await self._send_h11_event(h11.Data(data=body))

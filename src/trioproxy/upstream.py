@@ -7,6 +7,7 @@ last-in-first-out stack, or a new one is made. Errors of httpx become `ProxyErro
 from __future__ import annotations
 
 import math
+import os
 import ssl
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -529,6 +530,8 @@ def _reason(error: BaseException) -> str:
         root = cause.exceptions[0] if isinstance(cause, BaseExceptionGroup) else cause
     if isinstance(root, ssl.SSLCertVerificationError):
         return f"its certificate is not accepted: {root.verify_message.rstrip('.')}."
+    if isinstance(root, OSError) and not isinstance(root, ssl.SSLError) and (root.errno or 0) > 0:
+        return f"{os.strerror(root.errno or 0)}."  # trio says the address too, as a tuple
     message = str(root) or str(error) or _WITHOUT_MESSAGE.get(type(error), type(error).__name__)
     return message.rstrip(".") + "."
 
