@@ -246,18 +246,18 @@ async def running_proxy(
     listeners: tuple[Listener, ...] = (),
     trust: ssl.SSLContext | None = None,
     /,
-    **settings: dict[str, Any],
+    **settings: dict[str, Any] | list[dict[str, Any]],
 ) -> AsyncIterator[Proxy]:
     """The proxy, served as `trioproxy serve` does, on a free port; sections of the settings as keywords.
 
     `trust`: what its client accepts, if the proxy is served over TLS.
     """
-    sections: dict[str, dict[str, Any]] = {
+    sections: dict[str, Any] = {
         "server": {"bind": "127.0.0.1:0", "shutdown_grace": 0.5},
         "upstream": {"base_url": upstream_url},
     }
     for name, values in settings.items():
-        sections[name] = sections.get(name, {}) | values
+        sections[name] = sections.get(name, {}) | values if isinstance(values, dict) else values
     recorder = Recorder()
     parsed = Settings.model_validate(sections)
     app = create_app(parsed, (*listeners, recorder))

@@ -121,7 +121,7 @@ async def test_a_client_that_has_stopped_reading_does_not_hold_the_end_back(upst
         ("", ["--bind", "nowhere"], {}, ["server.bind", "nowhere", "command line"]),
         ("upstream: {api_key: '${NO_SUCH_NAME}'}", [], {}, ["upstream.api_key", "NO_SUCH_NAME"]),
         ("a: [", [], {}, ["proxy.yaml", "line"]),
-        ("keys: [{name: a, key: b}]", [], {}, ["keys"]),
+        ("keys: [{name: a}]", [], {}, ["keys[0]", "key_sha256"]),
         ("", ["--concurrency", "0"], {}, ["scheduler.concurrency", "0", "command line"]),
         ("", [], {"TRIOPROXY_SCHEDULER__MAX_QUEUE": "-1"}, ["TRIOPROXY_SCHEDULER__MAX_QUEUE", "-1"]),
         ("", [], {"TRIOPROXY_SCHEDULE__MAX_QUEUE": "1"}, ["TRIOPROXY_SCHEDULE__MAX_QUEUE"]),

@@ -1,9 +1,11 @@
 """The settings: every accepted form, every refusal with its text, who wins, and that no secret ever shows."""
 
+import hashlib
 import json
 import os
 import ssl
 from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -81,6 +83,7 @@ DEFAULTS: dict[str, dict[str, object]] = {
         "max_websockets": 100,
         "websocket_idle_timeout": 3600.0,
         "websocket_max_message_size": 16_777_216,
+        "control_socket": None,
         "tls": {"cert": None, "key": None},
     },
     "upstream": {
@@ -100,6 +103,8 @@ DEFAULTS: dict[str, dict[str, object]] = {
         "max_queue": 100,
         "queue_timeout": 300.0,
         "default_priority": 50,
+        "model_priorities": {},
+        "honor_service_tier": False,
         "routes": {},
     },
     "logging": {"level": "info", "format": None, "file": None},
@@ -153,7 +158,8 @@ def test_the_description_of_settings_loads_as_the_same_settings(write: Write) ->
         {
             "server": {"bind": ["[::1]:0", "unix:/run/p.sock"], "shutdown_grace": "1.5m"},
             "upstream": {"request_timeout": "250ms"},
-            "scheduler": {"routes": {"/v1/a/*": "pass"}},
+            "scheduler": {"routes": {"/v1/a/*": "pass"}, "model_priorities": {"gpt-*": "high"}},
+            "keys": [{"name": "web", "key_sha256": "AB" * 32, "models": ["gpt-*"], "expires": "2027-01-31"}],
             "logging": {"level": "DEBUG", "format": "json", "file": "logs/proxy.log"},
         }
     )
@@ -490,7 +496,7 @@ def test_every_wrong_address_of_a_list_is_named_and_no_right_one(write: Write) -
         ('logging: {file: "\\UFFFFFFFF"}', "is not valid YAML: has an impossible escape"),
         ('logging: {file: "\\U00110000"}', "is not valid YAML: has an impossible escape"),
         ("[" * 100_000, "nested too deeply"),
-        ("[1, 2]", "must be a mapping of the sections server, upstream, scheduler, logging"),
+        ("[1, 2]", "must be a mapping of the sections server, upstream, scheduler, keys, logging"),
         ("text", "must be a mapping of the sections"),
         ("5", "must be a mapping of the sections"),
         (b"\xff\xfea\x00", "is not UTF-8 text (at byte 1)"),
@@ -583,8 +589,8 @@ def test_documents_that_contain_themselves_are_refused(write: Write, content: st
         ("server: {tsl: {}}", "server.tsl", "; did you mean server.tls?"),
         ("server: {tls: {crt: a}}", "server.tls.crt", "; did you mean server.tls.cert?"),
         ("tls: {cert: a}", "tls", "; did you mean server.tls?"),
-        ("keys: [{name: web, key: k}]", "keys", ""),
-        ("keys:\n", "keys", ""),
+        ("keys: [{name: web, kei: k}]", "keys[0].kei", "; did you mean key?"),
+        ("keys: [{name: web, key: k}, {name: x, key: l, color: blue}]", "keys[1].color", ""),
         ("server: {<<: {bind: a:1}}", "server.<<", ""),
         ("5: 6", "5", ""),
         ('"a\\nb": 1', r"a\nb", ""),
@@ -666,7 +672,8 @@ def test_references_are_for_files_only() -> None:
         ("TRIOPROXY_scheduler__concurrency", "; did you mean TRIOPROXY_SCHEDULER__CONCURRENCY?"),
         ("TRIOPROXY_CONFIGS", "; did you mean TRIOPROXY_CONFIG?"),
         ("TRIOPROXY_SCHEDULER__ROUTES", "; scheduler.routes can only be set in the file"),
-        ("TRIOPROXY_KEYS", ""),
+        ("TRIOPROXY_KEYS", "; keys can only be set in the file"),
+        ("TRIOPROXY_SCHEDULER__MODEL_PRIORITIES", "; scheduler.model_priorities can only be set in the file"),
         ("TRIOPROXY_XYZZY", ""),
         ("TRIOPROXY_", ""),
         *(
@@ -696,9 +703,9 @@ def test_impossible_addresses_in_the_environment(value: str) -> None:
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_every_key_but_the_routes_has_its_variable(key: str) -> None:
+def test_every_key_but_mappings_has_its_variable(key: str) -> None:
     line = only_refusal(None, {variable(key): ""})
-    if key == "scheduler.routes":
+    if key in ("scheduler.routes", "scheduler.model_priorities"):
         assert "unknown environment variable" in line
     else:
         assert line.startswith(f"{key}: must ")
@@ -880,7 +887,12 @@ def test_secrets_do_not_show_in_settings(write: Write) -> None:
         f"upstream:\n  base_url: 'https://user:x/{SECRET}?@host/v1'",
         f"upstream:\n  base_url: https://host/v1?key={SECRET}",
         f"upstream:\n  base_url: ' https://user:{SECRET}@host/v1'",
-        f"keys: [{{name: a, key: {SECRET}}}]",
+        f"keys: [{{name: a, key: '{SECRET} '}}]",
+        f"keys: [{{name: a, key: {SECRET}, models: []}}]",
+        f"keys: [{{name: a, key: {SECRET}, key_sha256: {SECRET}}}]",
+        f"keys: [{{name: a, key: {SECRET}}}, {{name: b, key: {SECRET}}}]",
+        f"keys: [{SECRET}]",
+        f"keys: {SECRET}",
         SECRET,
         "upstream:\n  api_key: '${KEY} '",
         "upstream:\n  api_key: '${KEY}'\n  api_key: x",
@@ -907,6 +919,112 @@ def test_nothing_of_the_cause_travels_with_the_error(write: Write) -> None:
         load(write(f"upstream:\n  api_key: '{SECRET} '"), {})
     assert raised.value.__cause__ is None
     assert raised.value.__context__ is None
+
+
+# Client keys
+
+HASH = "ab" * 32
+
+
+def test_a_key_with_everything(write: Write) -> None:
+    path = write(
+        "keys:\n"
+        "  - {name: web, key: '${WEB_KEY}', default_priority: high, max_priority: critical}\n"
+        f"  - name: batch.2\n    key_sha256: '{HASH.upper()}'\n    max_priority: low\n    clamp: true\n"
+        "    models: ['gpt-5*', o3]\n    max_concurrency: 2\n    max_queue: 0\n    expires: 2027-01-31\n"
+    )
+    web, batch = load(path, {"WEB_KEY": "s3cret"}).keys
+    assert web.key is not None
+    assert (web.name, web.key.get_secret_value(), web.default_priority, web.max_priority) == ("web", "s3cret", 70, 90)
+    assert (web.clamp, web.models, web.max_concurrency, web.max_queue, web.expires) == (False, None, None, None, None)
+    assert web.sha256 == hashlib.sha256(b"s3cret").hexdigest()
+    assert (batch.key, batch.sha256, batch.max_priority, batch.clamp) == (None, HASH, 30, True)
+    assert (batch.models, batch.max_concurrency, batch.max_queue) == (("gpt-5*", "o3"), 2, 0)
+    assert batch.expires == datetime(2027, 2, 1, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("text", "moment"),
+    [
+        ("2027-01-31", datetime(2027, 2, 1, tzinfo=UTC)),
+        ("20270131", datetime(2027, 2, 1, tzinfo=UTC)),
+        ("2027-01-31T12:30", datetime(2027, 1, 31, 12, 30, tzinfo=UTC)),
+        ("2027-01-31 12:30:15+02:00", datetime(2027, 1, 31, 10, 30, 15, tzinfo=UTC)),
+        ("2027-01-31T12:30Z", datetime(2027, 1, 31, 12, 30, tzinfo=UTC)),
+    ],
+)
+def test_expiry_is_a_date_to_its_end_or_a_moment(write: Write, text: str, moment: datetime) -> None:
+    [key] = load(write(f"keys: [{{name: a, key: b, expires: '{text}'}}]"), {}).keys
+    assert key.expires == moment
+
+
+@pytest.mark.parametrize(
+    ("entry", "subject", "said"),
+    [
+        ("{name: a}", "keys[0]", "has neither key nor key_sha256"),
+        (f"{{name: a, key: b, key_sha256: {HASH}}}", "keys[0]", "has both"),
+        ("{key: b}", "keys[0].name", "is missing"),
+        ("{name: a b, key: b}", "keys[0].name", "1 to 64 letters"),
+        ("{name: '(other)', key: b}", "keys[0].name", "1 to 64 letters"),
+        (f"{{name: {'x' * 65}, key: b}}", "keys[0].name", "1 to 64 letters"),
+        ("{name: a, key: 5}", "keys[0].key", "must be text"),
+        ("{name: a, key: ''}", "keys[0].key", "must not be empty"),
+        ("{name: a, key: 'b c'}", "keys[0].key", "without blanks"),
+        ("{name: a, key_sha256: abc}", "keys[0].key_sha256", "64 hexadecimal digits"),
+        (f"{{name: a, key_sha256: {'x' * 64}}}", "keys[0].key_sha256", "64 hexadecimal digits"),
+        ("{name: a, key: b, max_priority: urgent}", "keys[0].max_priority", "0 to 100"),
+        ("{name: a, key: b, default_priority: 101}", "keys[0].default_priority", "0 to 100"),
+        ("{name: a, key: b, default_priority: high, max_priority: low}", "keys[0]", "(70) above its max_priority (30)"),
+        ("{name: a, key: b, clamp: 1}", "keys[0].clamp", "true or false"),
+        ("{name: a, key: b, clamp: maybe}", "keys[0].clamp", "true or false"),
+        ("{name: a, key: b, models: []}", "keys[0].models", "leave it out"),
+        ("{name: a, key: b, models: [5]}", "keys[0].models", "5 is not text"),
+        ("{name: a, key: b, models: ['a b']}", "keys[0].models", "'a b' is not text"),
+        ("{name: a, key: b, max_concurrency: 0}", "keys[0].max_concurrency", "from 1 on"),
+        ("{name: a, key: b, max_queue: -1}", "keys[0].max_queue", "from 0 on"),
+        ("{name: a, key: b, expires: soon}", "keys[0].expires", "a date"),
+        ("{name: a, key: b, expires: 2027}", "keys[0].expires", "a date"),
+        ("{name: a, key: b, expires: 9999-12-31}", "keys[0].expires", "a date"),
+        ("{name: a, key: b}, {name: a, key: c}", "keys[1]", "has the name of keys[0]: a"),
+        ("{name: a, key: b}, {name: c, key: b}", "keys[1]", "is the same key as keys[0]"),
+        ("web", "keys[0]", "must be a mapping"),
+    ],
+)
+def test_unusable_keys_are_refused(write: Write, entry: str, subject: str, said: str) -> None:
+    path = write(f"keys: [{entry}]")
+    line = only_refusal(path)
+    assert line.startswith(f"{subject}: ")
+    assert said in line
+    assert line.endswith(f"(file {path}, line 1)")
+
+
+@pytest.mark.parametrize("content", ["keys:\n", "keys: []", "keys: {}", "keys: ''"])
+def test_an_empty_list_of_keys_does_not_open_the_proxy_to_all(write: Write, content: str) -> None:
+    assert "is empty: leave it out to let anyone" in only_refusal(write(content))
+
+
+@pytest.mark.parametrize("content", ["keys: web", "keys: {name: a, key: b}", "keys: 5"])
+def test_keys_are_a_list(write: Write, content: str) -> None:
+    assert only_refusal(write(content)).startswith("keys: must be a list")
+
+
+@pytest.mark.parametrize(
+    ("priorities", "said"),
+    [
+        ("5", "must be a mapping"),
+        ("[a]", "must be a mapping"),
+        ("{'gpt-*': urgent}", "'gpt-*' must be a whole number"),
+        ("{'a b': 5}", "'a b' is not text"),
+        ("{'': 5}", "'' is not text"),
+    ],
+)
+def test_unusable_priorities_of_models_are_refused(write: Write, priorities: str, said: str) -> None:
+    assert said in only_refusal(write(f"scheduler: {{model_priorities: {priorities}}}"))
+
+
+def test_priorities_of_models_keep_their_order(write: Write) -> None:
+    settings = load(write("scheduler: {model_priorities: {b*: high, '*': 7, a: low}}"), {})
+    assert list(settings.scheduler.model_priorities.items()) == [("b*", 70), ("*", 7), ("a", 30)]
 
 
 # Whatever is given
@@ -943,7 +1061,9 @@ def test_any_file_gives_settings_or_a_config_error(tmp_path_factory: pytest.Temp
     ),
 )
 def test_any_value_gives_settings_or_a_config_error(key: str, value: object) -> None:
-    assert all(line.startswith(f"{key}: ") and line.isprintable() for line in outcome(None, {key: value}))
+    for line in outcome(None, {key: value}):
+        assert line.isprintable()
+        assert line.startswith(f"{key}: ") or f"is missing: {key} needs it" in line
 
 
 def test_a_real_environment_is_accepted_by_default(monkeypatch: pytest.MonkeyPatch) -> None:

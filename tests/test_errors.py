@@ -14,12 +14,15 @@ from builders import MESSAGE_FACTS, error_of, happened
 from trioproxy import errors
 from trioproxy.errors import ENDINGS, Ending, Outcome, ProxyError, Status
 
-# The contract's codes for keys and their limits (401, 403, 429) come with the issues that ask for them.
 REFUSALS = [
     (400, "invalid_priority", "invalid_request_error", "unsaid", None, None),
     (400, "invalid_request", "invalid_request_error", "unsaid", None, None),
+    (401, "invalid_api_key", "authentication_error", "unsaid", None, None),
+    (403, "model_not_allowed", "permission_error", "unsaid", None, None),
+    (403, "priority_not_allowed", "permission_error", "unsaid", None, None),
     (404, "not_found", "invalid_request_error", "unsaid", None, None),
     (413, "request_too_large", "invalid_request_error", "unsaid", None, None),
+    (429, "rate_limit_exceeded", "rate_limit_exceeded", "measured", "rejected", "rejected"),
     (500, "internal_error", "internal_error", "never", "failed", "proxy_error"),
     (502, "upstream_unreachable", "upstream_unreachable", "1 s", "failed", "upstream_error"),
     (502, "upstream_protocol_error", "upstream_protocol_error", "1 s", "failed", "upstream_error"),

@@ -32,12 +32,13 @@ ROOMS: dict[str, set[str]] = {
     "config": {"certificates"},  # whether the files that it names can be used is said before anything starts
     "errors": set(),
     "events": {"errors", "priority"},  # an event tells how a request ended, and a priority has a level
+    "keys": {"config", "errors", "request"},
     "request": {"config", "errors", "body", "priority"},
     "scheduler.queue": {"events", "priority"},  # a part of core
     "scheduler.limits": {"events", "errors"},
     "scheduler.core": {"events", "errors", "priority", "scheduler.limits", "scheduler.queue"},
-    "scheduler.runtime": {"scheduler.core", "scheduler.limits", "events", "errors"},
-    "scheduler": {"scheduler.core", "scheduler.limits", "scheduler.runtime"},
+    "scheduler.runtime": {"scheduler.core", "scheduler.limits", "scheduler.queue", "events", "errors"},
+    "scheduler": {"scheduler.core", "scheduler.limits", "scheduler.queue", "scheduler.runtime"},
     "network": set(),  # the streams below upstream's calls
     "upstream": {"config", "errors", "events", "network"},
     "relay": {"request", "scheduler", "upstream", "errors", "events"},
@@ -46,10 +47,11 @@ ROOMS: dict[str, set[str]] = {
     "websocket": {"request", "scheduler", "upstream", "websocket_upstream", "errors", "events"},
     "websocket_connection": {"connection", "websocket", "websocket_upstream", "request", "errors"},
     "protocols": {"errors", "request"},  # what the server makes of Hypercorn's
+    "reload": {"config", "server"},
     "server": {"config", "app", "connection", "errors", "protocols"},
     "observe": {"events", "errors", "priority"},
     "admin": {"scheduler", "observe", "upstream"},  # readiness asks whether the upstream is known to be out
-    "cli": {"config", "server", "demo", "simulate", "app", "observe.logs"},
+    "cli": {"config", "server", "demo", "simulate", "app", "observe.logs", "keys", "reload"},
     "__main__": {"cli"},
 }
 """What a room may import from the house, but for those of `EVERYTHING_BUT`. A room holds the modules below its name."""

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from builders import error_of, happened, head, raw
 from trioproxy import request
 from trioproxy.body import Reading, read
+from trioproxy.config import SchedulerSettings
 from trioproxy.errors import EVICTED, INVALID_PRIORITY, INVALID_REQUEST, NOT_FOUND, QUEUE_FULL, Ending, ProxyError
 
 NO_BODY = Reading(b"")
@@ -189,7 +190,10 @@ def test_two_lengths_at_once_are_refused(length: str) -> None:
     ],
 )
 def test_priority_by_header_else_body_else_default(fields: list[tuple[str, str]], body: str, expected: int) -> None:
-    assert request.read_priority(head(headers=fields), read(body.encode()), 33) == expected
+    assert (
+        request.read_priority(head(headers=fields), read(body.encode()), None, SchedulerSettings(default_priority=33))
+        == expected
+    )
 
 
 @pytest.mark.parametrize(
@@ -197,7 +201,9 @@ def test_priority_by_header_else_body_else_default(fields: list[tuple[str, str]]
 )
 def test_an_unusable_header_is_refused_whatever_the_body_says(value: str) -> None:
     with pytest.raises(ProxyError, match="The header X-Priority is ") as caught:
-        request.read_priority(head(headers=[("X-Priority", value)]), read(b'{"priority":50}'), 50)
+        request.read_priority(
+            head(headers=[("X-Priority", value)]), read(b'{"priority":50}'), None, SchedulerSettings()
+        )
     assert (caught.value.ending, caught.value.param) == (INVALID_PRIORITY, "X-Priority")
     assert "0 to 100" in str(caught.value)
 
@@ -205,14 +211,18 @@ def test_an_unusable_header_is_refused_whatever_the_body_says(value: str) -> Non
 @pytest.mark.parametrize("values", [("50", "60"), ("high", "low"), ("50", "60", "50"), ("0", "100")])
 def test_two_different_headers_are_refused(values: tuple[str, ...]) -> None:
     with pytest.raises(ProxyError) as caught:
-        request.read_priority(head(headers=[("X-Priority", value) for value in values]), NO_BODY, 50)
+        request.read_priority(
+            head(headers=[("X-Priority", value) for value in values]), NO_BODY, None, SchedulerSettings()
+        )
     assert (caught.value.ending, caught.value.param) == (INVALID_PRIORITY, "X-Priority")
 
 
 @pytest.mark.parametrize("values", [("50", "junk"), ("junk", "50"), ("", "50")])
 def test_one_bad_header_beside_a_good_one_is_refused(values: tuple[str, ...]) -> None:
     with pytest.raises(ProxyError) as caught:
-        request.read_priority(head(headers=[("X-Priority", value) for value in values]), NO_BODY, 50)
+        request.read_priority(
+            head(headers=[("X-Priority", value) for value in values]), NO_BODY, None, SchedulerSettings()
+        )
     assert caught.value.ending is INVALID_PRIORITY
 
 
@@ -227,7 +237,7 @@ def test_one_bad_header_beside_a_good_one_is_refused(values: tuple[str, ...]) ->
 def test_an_unusable_field_in_the_body_is_refused(value: str) -> None:
     reading = read(f'{{"priority":{value}}}'.encode())
     with pytest.raises(ProxyError, match="priority is ") as caught:
-        request.read_priority(head(), reading, 50)
+        request.read_priority(head(), reading, None, SchedulerSettings())
     assert (caught.value.ending, caught.value.param) == (INVALID_PRIORITY, "priority")
     assert len(str(caught.value)) < 300
 
@@ -236,7 +246,7 @@ def test_an_unusable_field_in_the_body_is_refused(value: str) -> None:
 def test_any_text_in_the_body_is_a_priority_or_refused(text: str) -> None:
     reading = read(json.dumps({"priority": text}, ensure_ascii=False).encode())
     try:
-        found = request.read_priority(head(), reading, 50)
+        found = request.read_priority(head(), reading, None, SchedulerSettings())
     except ProxyError as refusal:
         error = error_of(request.refusal(refusal, "r", 0.5)[2])
         found = 0 if (error["code"], error["param"]) == ("invalid_priority", "priority") else -1
@@ -245,7 +255,7 @@ def test_any_text_in_the_body_is_a_priority_or_refused(text: str) -> None:
 
 def test_two_different_fields_in_the_body_are_refused() -> None:
     with pytest.raises(ProxyError) as caught:
-        request.read_priority(head(), read(b'{"priority":50,"priority":60}'), 50)
+        request.read_priority(head(), read(b'{"priority":50,"priority":60}'), None, SchedulerSettings())
     assert (caught.value.ending, caught.value.param) == (INVALID_PRIORITY, "priority")
 
 

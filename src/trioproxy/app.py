@@ -6,7 +6,9 @@ The handlers read what is asked, answer what they can, and hand every request un
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Final, cast
 
 import structlog
@@ -23,15 +25,16 @@ from werkzeug.routing import BaseConverter, MapAdapter
 
 from trioproxy import __version__, body, errors, request
 from trioproxy.admin import Probes
-from trioproxy.config import Settings
+from trioproxy.config import KeySettings, Settings
 from trioproxy.connection import Connection, Exchange, Request
 from trioproxy.errors import Headers, ProxyError
 from trioproxy.events import Listener, Publisher, Refused, RequestFacts, ScheduledRequest
+from trioproxy.keys import KeyRing, check_model, queried_model
 from trioproxy.observe.logs import RequestLog
 from trioproxy.observe.metrics import Metrics
 from trioproxy.relay import Relay
 from trioproxy.routes import RouteTable
-from trioproxy.scheduler import FixedLimit, Scheduler
+from trioproxy.scheduler import FixedLimit, Scheduler, ShareLimits
 from trioproxy.upstream import Upstream
 from trioproxy.websocket import Places, Session
 from trioproxy.websocket_connection import Handshake, WebSocket, WebSocketConnection
@@ -63,20 +66,38 @@ class Proxy:
         self._failed_listeners: set[int] = set()
         self.publisher = Publisher((self.metrics, RequestLog(), *listeners), self._listener_failed)
         self.scheduler = Scheduler(
-            FixedLimit(limits.concurrency), limits.max_queue, limits.queue_timeout, self.publisher
+            FixedLimit(limits.concurrency), limits.max_queue, limits.queue_timeout, self.publisher, _shares(settings)
         )
         self.upstream = upstream or Upstream(settings.upstream)
         self.routes = RouteTable(limits.routes)
+        self.keys = KeyRing(settings.keys)
+        self.metrics.name_keys(key.name for key in settings.keys)
         self.probes = Probes(self.scheduler, self.upstream)
         self.websockets = Places(settings.server.max_websockets)
+
+    def reconfigure(self, settings: Settings) -> None:
+        """Go on with other settings, from this moment. What `trioproxy.reload` says needs a restart stays as it is."""
+        self.settings = settings
+        limits = settings.scheduler
+        self.routes = RouteTable(limits.routes)
+        self.keys = KeyRing(settings.keys)
+        self.upstream.reconfigure(settings.upstream)
+        self.websockets.limit = settings.server.max_websockets
+        self.scheduler.resize(
+            concurrency=limits.concurrency, max_queue=limits.max_queue, queue_timeout=limits.queue_timeout
+        )
+        self.metrics.queue_timeout_changed(limits.queue_timeout)
+        self.metrics.name_keys(key.name for key in settings.keys)
+        self.scheduler.set_shares(_shares(settings))
 
     async def relay(self, exchange: Exchange) -> Relay | Response:
         """What to do about a request under `/v1/`: hand it over, or say what is wrong with it."""
         head = exchange.head
         try:
             request.check(head)
+            key = self._identify(exchange, ())
             if self.routes.is_scheduled(head.method, head.rest):
-                relay = await self._scheduled(exchange)
+                relay = await self._scheduled(exchange, key)
             else:
                 if head.http_version == "2" and head.content_length is None:
                     await exchange.learn_of_body()
@@ -89,6 +110,7 @@ class Proxy:
         """What to do about a WebSocket's handshake under `/v1/`: hand it over, or say what is wrong with it."""
         try:
             request.check(handshake.head)
+            check_model(self._identify(handshake, handshake.subprotocols), queried_model(handshake.head))
         except ProxyError as error:
             return self.refuse(handshake, error)
         limits = self.settings.server
@@ -148,6 +170,7 @@ class Proxy:
             method=head.method,
             path=head.path.decode("latin-1"),
             arrived=exchange.arrived,
+            key=exchange.key_name,
             bytes_in=head.content_length,
         )
 
@@ -161,32 +184,59 @@ class Proxy:
             publisher=self.publisher,
         )
 
-    async def _scheduled(self, exchange: Exchange) -> Relay:
+    def _identify(self, exchange: Exchange | Handshake, subprotocols: Iterable[str]) -> KeySettings | None:
+        """Whose key the request came with; None if there are no keys. Raises `ProxyError`: INVALID_API_KEY."""
+        key = self.keys.identify(exchange.head, subprotocols, datetime.now(UTC)) if self.keys else None
+        exchange.key_name = None if key is None else key.name
+        return key
+
+    async def _scheduled(self, exchange: Exchange, key: KeySettings | None) -> Relay:
         """Read the body and what it says. A body that is not there before the deadline stays unread: the scheduler
         refuses the request then."""
-        head = exchange.head
-        request.read_header_priority(head)  # wrong ones need not wait for the body
+        head, limits = exchange.head, self.settings.scheduler
+        if (by_header := request.read_header_priority(head)) is not None:
+            request.allowed_priority(by_header, key)  # a wrong one need not wait for the body
         timeout = request.read_timeout(head)
         deadline = exchange.arrived + timeout if timeout is not None else float("inf")
         content = b""
-        with trio.CancelScope(deadline=deadline):
+        with trio.CancelScope(deadline=deadline) as in_time:
             content = await exchange.read_body(self.settings.server.max_body_size)
-        try:
-            reading = body.read(content)
-        except body.TooDeepError as error:
-            raise ProxyError(errors.INVALID_REQUEST, reason=str(error)) from error
+        reading = self._read(exchange, content, key)
+        if not in_time.cancelled_caught:
+            check_model(key, reading.model)
         facts = ScheduledRequest(
             request_id=head.request_id,
             method=head.method,
             path=head.path.decode("latin-1"),
             arrived=exchange.arrived,
+            key=exchange.key_name,
             bytes_in=len(content),
             model=reading.model,
             stream=reading.stream,
-            priority=request.read_priority(head, reading, self.settings.scheduler.default_priority),
+            priority=request.read_priority(head, reading, key, limits),
             deadline=deadline,
         )
         return self._relay(exchange, facts, reading.forwarded)
+
+    def _read(self, exchange: Exchange, content: bytes, key: KeySettings | None) -> body.Reading:
+        """What the body says; of a form, which takes long to read, only what somebody needs to know."""
+        try:
+            reading = body.read(content)
+        except body.TooDeepError as error:
+            raise ProxyError(errors.INVALID_REQUEST, reason=str(error)) from error
+        model_matters = self.settings.scheduler.model_priorities or (key is not None and key.models is not None)
+        if model_matters and (boundary := request.form_boundary(exchange.head)) is not None:
+            return replace(reading, model=body.read_form(content, boundary))
+        return reading
+
+
+def _shares(settings: Settings) -> dict[str, ShareLimits]:
+    """What the client keys that have limits of their own may have at once."""
+    return {
+        key.name: ShareLimits(max_concurrency=key.max_concurrency, max_queue=key.max_queue)
+        for key in settings.keys
+        if key.max_concurrency is not None or key.max_queue is not None
+    }
 
 
 class Rest(BaseConverter):

@@ -1,23 +1,27 @@
-"""The commands: `trioproxy serve`, `trioproxy check-config`, `trioproxy demo`."""
+"""The commands: `trioproxy serve`, `check-config`, `reload`, `keys new`, `demo`."""
 
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import click
 import structlog
 import trio
 import yaml
+from pydantic import ValidationError
 
 from trioproxy import __version__, config
 from trioproxy.app import create_app
-from trioproxy.config import ConfigError, Settings
+from trioproxy.config import ConfigError, KeySettings, Settings
 from trioproxy.demo import show
+from trioproxy.keys import digest, new_key
 from trioproxy.observe import logs
+from trioproxy.reload import ControlSocket, Reloader, ask
 from trioproxy.server import Server
 
 EXIT_UNUSABLE_CONFIGURATION = 2
@@ -96,6 +100,51 @@ def demo(bind: tuple[str, ...], log_file: Path, duration: float | None, seed: in
     sys.exit(show.run(bind, log_file, duration, seed))
 
 
+@main.command()
+@click.option("--config", "config_file", type=click.Path(path_type=Path), help="The YAML file of the running proxy.")
+@click.option("--socket", "path", type=click.Path(path_type=Path), help="Its server.control_socket.")
+def reload(config_file: Path | None, path: Path | None) -> None:
+    """Let the running proxy read its configuration again. If something is wrong with it, nothing is changed."""
+    if path is None:
+        try:
+            path = config.load(config_file).server.control_socket
+        except ConfigError as error:
+            click.echo(f"nothing was changed:\n{error}", err=True)
+            sys.exit(EXIT_UNUSABLE_CONFIGURATION)
+    if path is None:
+        raise click.UsageError("server.control_socket is not set: set it, restart, or send the process SIGHUP instead.")
+    try:
+        outcome = ask(path)
+    except OSError as error:
+        click.echo(f"nothing was changed: {path}: {error.strerror or error}; is the proxy running?", err=True)
+        sys.exit(1)
+    if outcome.error is not None:
+        click.echo(f"nothing was changed:\n{outcome.error}", err=True)
+        sys.exit(EXIT_UNUSABLE_CONFIGURATION)
+    click.echo(f"changed: {', '.join(outcome.changed) or 'nothing'}")
+    if outcome.needs_restart:
+        click.echo(f"needs a restart: {', '.join(outcome.needs_restart)}")
+
+
+@main.group()
+def keys() -> None:
+    """Client keys: who may use the proxy, and for what."""
+
+
+@keys.command()
+@click.argument("name")
+def new(name: str) -> None:
+    """Make a key for NAME: print the key, and its line for the configuration file."""
+    try:
+        name = KeySettings.model_validate({"name": name}).name
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise click.BadParameter(reason, param_hint="NAME") from None
+    key = new_key()
+    click.echo(f"key (shown this once, give it to {name}):\n{key}\n", err=True)
+    click.echo(f'  - {{name: {name}, key_sha256: "{digest(key)}"}}')
+
+
 def run(config_file: Path | None, overrides: Mapping[str, object]) -> None:
     """Load the settings, serve, and exit with the right status."""
     try:
@@ -108,13 +157,13 @@ def run(config_file: Path | None, overrides: Mapping[str, object]) -> None:
         reason = f"logging.file: {settings.logging.file} cannot be written: {error.strerror}"
         logs.say_and_exit("the configuration cannot be used", reason, EXIT_UNUSABLE_CONFIGURATION)
     try:
-        status = _serve(settings, writer)
+        status = _serve(settings, writer, lambda: config.load(config_file, overrides=overrides))
     finally:
         writer.close()
     sys.exit(status)
 
 
-def _serve(settings: Settings, writer: logs.Writer) -> int:
+def _serve(settings: Settings, writer: logs.Writer, read: Callable[[], Settings]) -> int:
     log = structlog.get_logger()
     try:
         app = create_app(settings, dropped_lines=lambda: writer.dropped)
@@ -131,18 +180,33 @@ def _serve(settings: Settings, writer: logs.Writer) -> int:
             error=f"server.bind: cannot listen on {', '.join(settings.server.bind)}: {error.strerror or error}{hint}",
         )
         return 1
-    trio.run(_until_signalled, server)
+    control: ControlSocket | None = None
+    if (path := settings.server.control_socket) is not None:
+        try:
+            control = ControlSocket(path)
+        except OSError as error:
+            reason = f"server.control_socket: cannot listen on {path}: {error.strerror or error}"
+            log.error("cannot listen", error=reason)
+            return 1
+    trio.run(_until_signalled, server, Reloader(read, server, logs.set_level), control)
     return 0
 
 
-async def _until_signalled(server: Server) -> None:
+async def _until_signalled(server: Server, reloader: Reloader, control: ControlSocket | None) -> None:
+    on_terminal = os.isatty(1)
     async with trio.open_nursery() as nursery:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
 
             async def listen_for_signals() -> None:
-                async for _ in signals:
-                    server.shut_down()
+                async for received in signals:
+                    # Whose terminal was closed gets a SIGHUP too.
+                    if received == signal.SIGHUP and os.isatty(1) == on_terminal:
+                        await reloader.reload()
+                    else:
+                        server.shut_down()
 
             nursery.start_soon(listen_for_signals)
+            if control is not None:
+                nursery.start_soon(control.serve, reloader)
             await server.run()
             nursery.cancel_scope.cancel()

@@ -196,6 +196,8 @@ class Exchange:
         self.arrived: Final = trio.current_time()
         self.head = request.read_head(cast(request.Scope, scope))
         self.incoming: Final = Incoming(receive, self.leave)
+        self.key_name: str | None = None
+        """Whose key it came with, once that is known; None where there are none."""
         self.cancel_scope: Final = trio.CancelScope()
         self.started = False
         self._send = send

@@ -15,7 +15,14 @@ from typing import Final
 
 import msgspec
 
-type_of_client_error: Final = "invalid_request_error"
+_TYPE_OF_STATUS: Final = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "invalid_request_error",
+    413: "invalid_request_error",
+}
+"""The `type` that goes with a status, where it is not the code itself."""
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -71,7 +78,7 @@ class Ending:
     @property
     def type(self) -> str:
         """The `type` of the error object, as OpenAI's SDKs expect it."""
-        return type_of_client_error if self.http_status in (400, 404, 413) else self.code
+        return _TYPE_OF_STATUS.get(self.http_status or 0, self.code)
 
 
 COMPLETED = Ending("completed", status=Status.COMPLETED, outcome=Outcome.SUCCESS)
@@ -96,6 +103,21 @@ INVALID_PRIORITY = Ending(
     message="{where} is {value}, which is not a priority: use {accepted}.",
 )
 INVALID_REQUEST = Ending("invalid_request", 400, message="{reason}")
+INVALID_API_KEY = Ending(
+    "invalid_api_key",
+    401,
+    message="{reason} Send a key that this proxy knows, as 'Authorization: Bearer KEY'.",
+)
+MODEL_NOT_ALLOWED = Ending(
+    "model_not_allowed",
+    403,
+    message="The key {key!r} must not be used for {model}, only for: {allowed}.",
+)
+PRIORITY_NOT_ALLOWED = Ending(
+    "priority_not_allowed",
+    403,
+    message="The key {key!r} must not ask for a priority of {priority}: {highest} is the highest that it may have.",
+)
 NOT_FOUND = Ending(
     "not_found",
     404,
@@ -139,6 +161,15 @@ QUEUE_FULL = Ending(
     "All {permits} slots are busy and the queue is full ({queued} of {max_queue} places taken, none by a request of "
     "lower priority than {priority}). Try again in about {retry_after} s, or with a higher priority.",
 )
+RATE_LIMIT_EXCEEDED = Ending(
+    "rate_limit_exceeded",
+    429,
+    Status.REJECTED,
+    Outcome.REJECTED,
+    Retry.MEASURED,
+    "The key {key!r} has as many requests here as it may: {running} run (of {key_permits}) and {waiting} wait (of "
+    "{key_places}), none of these with a lower priority than {priority}. Try again in about {retry_after} s.",
+)
 SHUTTING_DOWN = Ending(
     "shutting_down",
     503,
@@ -162,7 +193,7 @@ EVICTED = Ending(
     Status.EVICTED,
     Outcome.EVICTED,
     Retry.MEASURED,
-    "The queue was full ({max_queue} places) and a more urgent request took this one's place after {waited:.3f} s of "
+    "{queue} was full ({max_queue} places) and a more urgent request took this one's place after {waited:.3f} s of "
     "waiting with priority {priority}. Try again in about {retry_after} s, or with a higher priority.",
 )
 QUEUE_TIMEOUT = Ending(
@@ -198,12 +229,16 @@ ENDINGS: Final = (
     CANCELLED,
     INVALID_PRIORITY,
     INVALID_REQUEST,
+    INVALID_API_KEY,
+    MODEL_NOT_ALLOWED,
+    PRIORITY_NOT_ALLOWED,
     NOT_FOUND,
     REQUEST_TOO_LARGE,
     INTERNAL_ERROR,
     UPSTREAM_UNREACHABLE,
     UPSTREAM_PROTOCOL_ERROR,
     QUEUE_FULL,
+    RATE_LIMIT_EXCEEDED,
     SHUTTING_DOWN,
     TOO_MANY_WEBSOCKETS,
     EVICTED,

@@ -28,6 +28,8 @@ class RequestFacts:
     """Without the query, as the client sent it."""
     arrived: float
     """When its head was read."""
+    key: str | None = None
+    """The name of the client key that it came with; None where there are none."""
     bytes_in: int | None = None
     """The body's size, where it has been read or announced."""
     model: str | None = None

@@ -131,6 +131,7 @@ class Relay(QuartResponse):
             host=self._upstream.host,
             authorization=self._upstream.authorization,
             body_size=head.content_length if self._body is None else len(self._body),
+            has_key=self._facts.key is not None,
         )
         body = Body(client.body() if self._body is None else self._body)
         async with self._upstream.open(head.method, head.target, headers, body, progress) as response:

@@ -11,11 +11,23 @@ import re
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Final, NotRequired, TypedDict
 from urllib.parse import unquote_to_bytes
 
+from werkzeug.http import parse_options_header
+
 from trioproxy import body, errors, priority
-from trioproxy.errors import INVALID_PRIORITY, INVALID_REQUEST, NOT_FOUND, Headers, ProxyError
+from trioproxy.config import KeySettings, SchedulerSettings
+from trioproxy.errors import (
+    INVALID_API_KEY,
+    INVALID_PRIORITY,
+    INVALID_REQUEST,
+    NOT_FOUND,
+    PRIORITY_NOT_ALLOWED,
+    Headers,
+    ProxyError,
+)
 
 PREFIX: Final = b"/v1"
 
@@ -41,7 +53,19 @@ _SET_ANEW: Final = frozenset({b"content-length", b"expect", b"host"})
 
 _CREDENTIALS: Final = frozenset({b"authorization", b"openai-organization", b"openai-project"})
 
-_CREDENTIALS_IN_SUBPROTOCOLS: Final = ("openai-insecure-api-key.", "openai-organization.", "openai-project.")
+OTHER_CREDENTIALS: Final = frozenset({b"api-key", b"x-api-key"})
+"""Where some clients put a key instead of into `Authorization`."""
+
+KEY_SUBPROTOCOL: Final = "openai-insecure-api-key."
+"""What stands before the key in the WebSocket subprotocol by which browsers send it."""
+
+_CREDENTIALS_IN_SUBPROTOCOLS: Final = (KEY_SUBPROTOCOL, "openai-organization.", "openai-project.")
+
+SERVICE_TIERS: Final = {"flex": priority.BY_NAME["low"], "priority": priority.BY_NAME["high"]}
+"""The values of a body's `service_tier` that are a priority, where `scheduler.honor_service_tier` says so.
+
+https://platform.openai.com/docs/api-reference/chat/create#chat_create-service_tier
+"""
 
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _SECONDS: Final = re.compile(rb"[0-9]{1,9}(\.[0-9]{1,9})?")
@@ -186,13 +210,49 @@ def read_header_priority(head: Head) -> int | None:
     return next(iter(by_header), None)
 
 
-def read_priority(head: Head, fields: body.Reading, default: int) -> int:
-    """The priority by header, else by body, else the default. Raises `ProxyError` for one that means nothing."""
+def read_priority(head: Head, fields: body.Reading, key: KeySettings | None, settings: SchedulerSettings) -> int:
+    """The priority: the first that is there of header, body, service tier, client key, model, and the default.
+
+    What the client says itself (header, body) must not be above the key's highest, unless the key lowers it; all else
+    is lowered to that. Raises `ProxyError`: INVALID_PRIORITY, PRIORITY_NOT_ALLOWED.
+    """
     by_header = read_header_priority(head)
     by_body = {_body_priority(text) for text in fields.priorities}
     if len(by_body) > 1:
         raise _invalid_priority("The field priority", "given more than once with different values", "priority")
-    return by_header if by_header is not None else next(iter(by_body), default)
+    said = by_header if by_header is not None else next(iter(by_body), None)
+    if said is not None:
+        return allowed_priority(said, key)
+    derived = _derived_priority(fields, key, settings)
+    return derived if key is None else min(derived, key.max_priority)
+
+
+def allowed_priority(said: int, key: KeySettings | None) -> int:
+    """The priority that a client said, lowered if its key says so. Raises `ProxyError`: PRIORITY_NOT_ALLOWED."""
+    if key is None or said <= key.max_priority:
+        return said
+    if not key.clamp:
+        raise ProxyError(PRIORITY_NOT_ALLOWED, param="priority", key=key.name, priority=said, highest=key.max_priority)
+    return key.max_priority
+
+
+def _derived_priority(fields: body.Reading, key: KeySettings | None, settings: SchedulerSettings) -> int:
+    if settings.honor_service_tier and fields.service_tier in SERVICE_TIERS:
+        return SERVICE_TIERS[fields.service_tier]
+    if key is not None and key.default_priority is not None:
+        return key.default_priority
+    if fields.model is not None:
+        for glob, of_model in settings.model_priorities.items():
+            if fnmatchcase(fields.model, glob):
+                return of_model
+    return settings.default_priority
+
+
+def form_boundary(head: Head) -> bytes | None:
+    """What separates the parts of a form (RFC 2046 section 5.1.1); None if the body is not said to be one."""
+    media_type, options = parse_options_header(b"".join(head.values(b"content-type")[:1]).decode("latin-1"))
+    boundary = options.get("boundary", "") if media_type.lower() == "multipart/form-data" else ""
+    return boundary.encode("latin-1", "replace") or None
 
 
 def _header_priority(value: bytes) -> int:
@@ -240,15 +300,18 @@ def _end_to_end(headers: Headers, dropped: frozenset[bytes]) -> Headers:
     return [(name, value) for name, value in headers if name.lower() not in dropped]
 
 
-def upstream_headers(head: Head, *, host: bytes, authorization: bytes | None, body_size: int | None) -> Headers:
+def upstream_headers(
+    head: Head, *, host: bytes, authorization: bytes | None, body_size: int | None, has_key: bool = False
+) -> Headers:
     """The fields to send upstream.
 
-    `authorization` replaces the client's credentials unless it is None. `body_size` is the body's length in bytes;
+    `authorization` replaces the client's credentials unless it is None; `has_key`: a client key of ours is among them,
+    wherever clients put it. `body_size` is the body's length in bytes;
     None means that a body of unknown length follows (chunked) if `head.chunked`, else that there is none.
     """
     dropped = OURS | _SET_ANEW
     if authorization is not None:
-        dropped |= _CREDENTIALS
+        dropped |= _CREDENTIALS | OTHER_CREDENTIALS if has_key else _CREDENTIALS
     headers = [(b"Host", host), *_end_to_end(head.headers, dropped)]
     if authorization is not None:
         headers.append((b"Authorization", authorization))
@@ -282,14 +345,20 @@ def client_headers(upstream: Headers, request_id: str, queue_seconds: float | No
 
 
 def websocket_headers(
-    head: Head, *, host: bytes, authorization: bytes | None, key: bytes, subprotocols: Iterable[str]
+    head: Head,
+    *,
+    host: bytes,
+    authorization: bytes | None,
+    key: bytes,
+    subprotocols: Iterable[str],
+    has_key: bool = False,
 ) -> Headers:
     """The fields of a WebSocket handshake to send upstream (RFC 6455 section 4.1), the client's own among them.
 
     Extensions are each connection's own, and none are offered.
     """
     dropped = frozenset(name.lower() for name, _ in head.headers if _is_of_websocket(name))
-    headers = upstream_headers(head, host=host, authorization=authorization, body_size=None)
+    headers = upstream_headers(head, host=host, authorization=authorization, body_size=None, has_key=has_key)
     headers = [(name, value) for name, value in headers if name.lower() not in dropped | {b"transfer-encoding"}]
     headers += [
         (b"Connection", b"Upgrade"),
@@ -328,6 +397,7 @@ def refusal(error: ProxyError, request_id: str, spread: float) -> tuple[int, Hea
         (b"content-length", b"%d" % len(body)),
         (b"x-request-id", request_id.encode()),
         *([(b"connection", b"close")] if error.close else []),
+        *([(b"www-authenticate", b"Bearer")] if error.ending is INVALID_API_KEY else []),
         *errors.retry_headers(error, spread),
         *identification(request_id, error.queue_seconds),
     ]

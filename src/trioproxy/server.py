@@ -15,6 +15,7 @@ import socket
 import ssl
 import struct
 from collections.abc import Callable
+from ipaddress import ip_address
 from typing import Final
 
 import structlog
@@ -339,7 +340,6 @@ class Server:
     def __init__(self, app: ProxyApp, settings: Settings) -> None:
         """Binds the sockets. Raises OSError if one cannot be had."""
         self._app = app
-        self._settings = settings
         self._config = _hypercorn_config(settings)
         self._tls = self._config.create_ssl_context()
         sockets = self._config.create_sockets()
@@ -348,6 +348,23 @@ class Server:
         self._streams: set[GuardedStream] = set()
         self._activity = Activity()
         self._told = (trio.Event(), trio.Event())
+
+    @property
+    def settings(self) -> Settings:
+        """What is in force."""
+        return self._app.proxy.settings
+
+    def reconfigure(self, settings: Settings) -> None:
+        """Go on with other settings: connections with those that concern them from the next one on, all else at once.
+
+        Addresses, and whether TLS is spoken, must stay. Raises OSError (SSLError is one), and nothing has changed, if
+        the certificate or its key cannot be used.
+        """
+        config = _hypercorn_config(settings)
+        self._tls = config.create_ssl_context()
+        self._config = config
+        self._app.proxy.reconfigure(settings)
+        self._warn_if_open()
 
     def shut_down(self) -> None:
         """The first call drains: requests that are here go on, new ones are refused. The second ends at once."""
@@ -375,7 +392,7 @@ class Server:
 
         listeners = []
         for sock in self._sockets:
-            sock.listen(self._settings.server.backlog)
+            sock.listen(self.settings.server.backlog)
             listeners.append(trio.SocketListener(trio.socket.from_stdlib_socket(sock)))
         addresses = [_url(sock, "http" if self._tls is None else "https") for sock in self._sockets]
         async with trio.open_nursery() as listening:
@@ -385,6 +402,7 @@ class Server:
                 lambda task_status: serve(connection, listeners, handler_nursery=connections, task_status=task_status)
             )
             log.info("listening", addresses=addresses)
+            self._warn_if_open()
             task_status.started(addresses)
             await self._drain()
             listening.cancel_scope.cancel()
@@ -394,12 +412,22 @@ class Server:
             stream.abort()
         connections.cancel_scope.cancel()
 
+    def _warn_if_open(self) -> None:
+        reachable = [address for address in (sock.getsockname() for sock in self._sockets) if not _is_local(address)]
+        if reachable and self.settings.upstream.api_key is not None and not self.settings.keys:
+            log.warning(
+                "open to anyone who can connect",
+                meaning="whoever reaches this address may spend the upstream's key: add client keys ('keys' in the "
+                "configuration, `trioproxy keys new NAME`), or listen on 127.0.0.1 alone",
+                bind=list(self.settings.server.bind),
+            )
+
     async def _drain(self) -> None:
         """Wait for being told to shut down, and then for what is going on, as long as it may."""
         drain, at_once = self._told
         await drain.wait()
         self._app.proxy.scheduler.close()
-        grace = self._settings.server.shutdown_grace
+        grace = self.settings.server.shutdown_grace
         log.info("shutting down", grace_seconds=grace)
         async with trio.open_nursery() as nursery:
 
@@ -414,7 +442,7 @@ class Server:
             await self._app.proxy.websockets.say_goodbye()
 
     async def _serve_connection(self, wrapped: ASGIWrapper, stream: trio.SocketStream) -> None:
-        limits = self._settings.server
+        limits = self.settings.server
         idle_timeout = limits.keep_alive_timeout + CLOSING_SECONDS  # Hypercorn is first where it knows
         guarded = GuardedStream(stream, limits.client_write_timeout, self._activity, idle_timeout)
         self._streams.add(guarded)
@@ -459,6 +487,11 @@ def _hypercorn_config(settings: Settings) -> Config:
     config.accesslog = None
     config.errorlog = logging.getLogger("hypercorn.error")
     return config
+
+
+def _is_local(address: object) -> bool:
+    """Whether only this machine can connect to what a socket is bound to."""
+    return not isinstance(address, tuple) or ip_address(str(address[0]).partition("%")[0]).is_loopback
 
 
 def _url(sock: socket.socket, scheme: str) -> str:

@@ -360,10 +360,6 @@ class Upstream:
         self._path: Final = self._url.raw_path.rstrip(b"/")
         self.host: Final = self._url.netloc
         """The value of the header `Host` for this upstream."""
-        self.authorization: Final = (
-            None if settings.api_key is None else b"Bearer " + settings.api_key.get_secret_value().encode()
-        )
-        """The value of the header `Authorization` that replaces the client's; None if the client's goes through."""
         self._forward_proxy: Final = _environment_proxy(self._url) if trust_env else None
         self.tls: Final = _tls_context(self._url, settings)
         """What the upstream's certificate is checked against, and which one is shown to it."""
@@ -373,6 +369,16 @@ class Upstream:
         self._idle: deque[tuple[Connection, float]] = deque()
         self._busy = 0
         self._unreachable_at = -math.inf
+
+    def reconfigure(self, settings: UpstreamSettings) -> None:
+        """Use another key and other timeouts from the next call on. The URL and what belongs to TLS stay."""
+        self._settings = settings
+
+    @property
+    def authorization(self) -> bytes | None:
+        """The value of the header `Authorization` that replaces the client's; None if the client's goes through."""
+        api_key = self._settings.api_key
+        return None if api_key is None else b"Bearer " + api_key.get_secret_value().encode()
 
     @asynccontextmanager
     async def open(

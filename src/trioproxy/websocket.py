@@ -82,14 +82,15 @@ class Places:
         self.taken = 0
         self.goodbye = trio.Event()
         """Every session is to be closed by the proxy."""
-        self._limit = limit
+        self.limit = limit
+        """It may be set at any time; who has a place keeps it."""
         self._one_was_left = trio.Event()
 
     @contextmanager
     def one(self) -> Iterator[None]:
         """Take a place for as long as the block lasts. Raises `ProxyError` if all of them are taken."""
-        if self.taken >= self._limit:
-            raise ProxyError(errors.TOO_MANY_WEBSOCKETS, limit=self._limit, retry_after=RETRY_SECONDS)
+        if self.taken >= self.limit:
+            raise ProxyError(errors.TOO_MANY_WEBSOCKETS, limit=self.limit, retry_after=RETRY_SECONDS)
         self.taken += 1
         try:
             yield
@@ -162,7 +163,12 @@ class Session(QuartResponse):
             offered = request.without_credentials(offered)
         key = new_key()
         headers = request.websocket_headers(
-            head, host=upstream.host, authorization=upstream.authorization, key=key, subprotocols=offered
+            head,
+            host=upstream.host,
+            authorization=upstream.authorization,
+            key=key,
+            subprotocols=offered,
+            has_key=self._facts.key is not None,
         )
         async with upstream.open("GET", head.target, headers, Body(b""), Progress(), switches=True) as response:
             if response.status != 101:

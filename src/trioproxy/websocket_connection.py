@@ -47,6 +47,8 @@ class Handshake:
         # Over HTTP/2 it came as a CONNECT (RFC 8441), which is the GET of HTTP/1.1 in all that concerns us.
         self.head: Final = request.read_head(cast(request.Scope, {**scope, "method": "GET", "state": {}}))
         self.subprotocols: Final = list(scope["subprotocols"])
+        self.key_name: str | None = None
+        """Whose key it came with, once that is known; None where there are none."""
         self.cancel_scope: Final = trio.CancelScope()
         self.started = False
         self.refused_by_server = False

@@ -36,6 +36,9 @@ EVENTS: Final = ("test_events.py",)
 METRICS: Final = ("observe/test_metrics.py",)
 RELAY: Final = ("test_relay.py",)
 REQUEST: Final = ("test_request.py",)
+KEYS: Final = ("test_keys.py",)
+RELOAD: Final = ("test_reload.py",)
+SHARES: Final = ("scheduler/test_shares.py",)
 GUARD: Final = ("test_guard.py",)
 TLS: Final = ("test_tls.py",)
 WEBSOCKET_CUTS: Final = ("test_websocket_cuts.py",)
@@ -72,15 +75,15 @@ MUTANTS: Final = (
     Mutant(
         "capacity off by one: one more is started than there are slots",
         "scheduler/core.py",
-        "if len(self._running) < self._limit.permits:",
-        "if len(self._running) <= self._limit.permits:",
+        "if self._has_free_slot and share.may_start:",
+        "if len(self._running) <= self._limit.permits and share.may_start:",
         CORE,
     ),
     Mutant(
         "a slot that comes free while a lowered limit drains is given on",
         "scheduler/core.py",
-        "while self._queue and len(self._running) < self._limit.permits:",
-        "while self._queue and len(self._running) <= self._limit.permits:",
+        "while self._has_free_slot and (",
+        "while len(self._running) <= self._limit.permits and (",
         CORE,
     ),
     Mutant(
@@ -107,36 +110,36 @@ MUTANTS: Final = (
     Mutant(
         "only one is started when the limit is raised by several",
         "scheduler/core.py",
-        "while self._queue and len(self._running) < self._limit.permits:",
-        "if self._queue and len(self._running) < self._limit.permits:",
+        "while self._has_free_slot and (",
+        "if self._has_free_slot and (",
         CORE,
     ),
     Mutant(
         "one more is queued than there are places",
         "scheduler/core.py",
-        "if len(self._queue) >= self._max_queue:",
-        "if len(self._queue) > self._max_queue:",
+        "return len(self._queue) < self._max_queue and",
+        "return len(self._queue) <= self._max_queue and",
         CORE,
     ),
     Mutant(
         "a newcomer evicts its equal",
         "scheduler/core.py",
-        "self._queue.lowest_priority() >= request.priority:",
-        "self._queue.lowest_priority() > request.priority:",
+        "self._queue.lowest_priority() < request.priority:",
+        "self._queue.lowest_priority() <= request.priority:",
         CORE,
     ),
     Mutant(
         "max_queue 0 does not mean that there is no queue",
         "scheduler/core.py",
-        "if not self._max_queue or self._queue",
+        "if self._max_queue and self._queue",
         "if self._queue and self._queue",
         CORE,
     ),
     Mutant(
         "the evicted one's end is not told",
         "scheduler/core.py",
-        "events += self.leave(self._queue.youngest_of_lowest(), now, EVICTED)",
-        "self.leave(self._queue.youngest_of_lowest(), now, EVICTED)",
+        "return [*events, Queued(request, now)]",
+        "return [Queued(request, now)]",
         CORE,
     ),
     Mutant(
@@ -182,6 +185,140 @@ MUTANTS: Final = (
         "self._last = max(self._last + release_seconds, now + wait_seconds)",
         "self._last = now + wait_seconds",
         LIMITS,
+    ),
+    # -- Client keys --
+    Mutant(
+        "a key may have one slot more than its limit",
+        "scheduler/queue.py",
+        "or self.running < self.limits.max_concurrency",
+        "or self.running <= self.limits.max_concurrency",
+        SHARES,
+    ),
+    Mutant(
+        "a key may have one place more than its limit",
+        "scheduler/queue.py",
+        "and len(self.line) >= self.limits.max_queue",
+        "and len(self.line) > self.limits.max_queue",
+        SHARES,
+    ),
+    Mutant(
+        "a slot given back is not given back to the key",
+        "scheduler/core.py",
+        "self._queue.share_of(request).running -= 1",
+        "pass",
+        SHARES,
+    ),
+    Mutant(
+        "who waits for its key's slot holds all others up",
+        "scheduler/queue.py",
+        "if share.line and share.may_start]",
+        "if share.line]",
+        QUEUE,
+    ),
+    Mutant(
+        "of two keys the one named first goes first",
+        "scheduler/queue.py",
+        "(-each[0].priority, each[1].number(each[0]))",
+        "-each[0].priority",
+        QUEUE,
+    ),
+    Mutant(
+        "a full key's newcomer evicts somebody of another key",
+        "scheduler/core.py",
+        "return self.leave(share.line.youngest_of_lowest(), now, EVICTED)",
+        "return self.leave(self._queue.youngest_of_lowest(), now, EVICTED)",
+        SHARES,
+    ),
+    Mutant(
+        "after a reload nobody runs on account of a key",
+        "scheduler/core.py",
+        "        for request in self._running:\n            self._queue.share_of(request).running += 1\n",
+        "",
+        SHARES,
+    ),
+    Mutant(
+        "after a reload of the keys nobody is started",
+        "scheduler/core.py",
+        "        return self._start_waiting(now)\n\n    def close",
+        "        return []\n\n    def close",
+        SHARES,
+    ),
+    Mutant(
+        "a key is known by its beginning",
+        "keys.py",
+        "if hmac.compare_digest(known, wanted):",
+        "if hmac.compare_digest(known[:0], wanted[:0]):",
+        KEYS,
+    ),
+    Mutant(
+        "an expired key is let in",
+        "keys.py",
+        "and now >= key.expires:",
+        "and now < key.expires:",
+        KEYS,
+    ),
+    Mutant(
+        "two different keys are let in",
+        "keys.py",
+        "if len(said) > 1:",
+        "if len(said) > 2:",
+        KEYS,
+    ),
+    Mutant(
+        "a request that names no model may use any",
+        "keys.py",
+        'fnmatchcase(model or "", glob)',
+        "model is None or fnmatchcase(model, glob)",
+        KEYS,
+    ),
+    Mutant(
+        "a client key reaches the upstream by another field",
+        "request.py",
+        "dropped |= _CREDENTIALS | OTHER_CREDENTIALS if has_key else _CREDENTIALS",
+        "dropped |= _CREDENTIALS",
+        KEYS,
+    ),
+    Mutant(
+        "a key's highest priority is not looked at",
+        "request.py",
+        "if key is None or said <= key.max_priority:",
+        "if key is None or said <= 100:",
+        KEYS,
+    ),
+    Mutant(
+        "a derived priority is above the key's highest",
+        "request.py",
+        "derived if key is None else min(derived, key.max_priority)",
+        "derived",
+        KEYS,
+    ),
+    Mutant(
+        "a service tier is a priority unasked",
+        "request.py",
+        "settings.honor_service_tier and fields.service_tier in",
+        "fields.service_tier in",
+        KEYS,
+    ),
+    Mutant(
+        "who is no client is told so after the upload",
+        "app.py",
+        "        key = self.keys.identify(exchange.head, subprotocols, datetime.now(UTC)) if self.keys else None\n",
+        "        key = None\n",
+        KEYS,
+    ),
+    Mutant(
+        "a bad file is half committed",
+        "reload.py",
+        "            except (ConfigError, OSError) as error:\n",
+        "            except KeyError as error:\n",
+        RELOAD,
+    ),
+    Mutant(
+        "what needs a restart is changed",
+        "reload.py",
+        "settings = with_values_of(present, staying, wanted)",
+        "settings = wanted",
+        RELOAD,
     ),
     # -- The waiting line --
     Mutant(
@@ -335,8 +472,8 @@ MUTANTS: Final = (
     Mutant(
         "the queue's timeout counts from arrival",
         "scheduler/runtime.py",
-        "times_out = asked + self._queue_timeout",
-        "times_out = request.arrived + self._queue_timeout",
+        "times_out = asked + queue_timeout",
+        "times_out = request.arrived + queue_timeout",
         RUNTIME,
     ),
     Mutant(
@@ -788,22 +925,22 @@ MUTANTS: Final = (
     Mutant(
         "priority parsed by header only",
         "request.py",
-        "by_header if by_header is not None else next(iter(by_body), default)",
-        "by_header if by_header is not None else default",
+        "by_header if by_header is not None else next(iter(by_body), None)",
+        "by_header",
         REQUEST,
     ),
     Mutant(
         "the body's priority goes before the header's",
         "request.py",
-        "return by_header if by_header is not None else next(iter(by_body), default)",
-        "return next(iter(by_body), default if by_header is None else by_header)",
+        "by_header if by_header is not None else next(iter(by_body), None)",
+        "next(iter(by_body), by_header)",
         REQUEST,
     ),
     Mutant(
         "the default priority is ignored",
         "request.py",
-        "next(iter(by_body), default)",
-        "next(iter(by_body), 50)",
+        "    return settings.default_priority",
+        "    return 50",
         REQUEST,
     ),
     Mutant(

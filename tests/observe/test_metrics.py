@@ -35,7 +35,10 @@ STATUSES = ("completed", "evicted", "rejected", "timeout", "failed", "cancelled"
 OUTCOMES = ("success", "evicted", "rejected", "timeout", "upstream_error", "proxy_error", "cancelled")
 UPSTREAM_STATUSES = ("2xx", "3xx", "4xx", "429", "5xx", "error")
 PASSED_THROUGH_STATUSES = ("2xx", "3xx", "4xx", "5xx", "error")
-REFUSALS = ("invalid_priority", "invalid_request", "not_found", "request_too_large")
+REFUSALS = (
+    *("invalid_priority", "invalid_request", "invalid_api_key", "model_not_allowed", "priority_not_allowed"),
+    *("not_found", "request_too_large"),
+)
 
 PERMITS = 10
 MAX_QUEUE = 100

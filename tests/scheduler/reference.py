@@ -1,8 +1,8 @@
 """A second opinion on one pool: the contract's section 3 in the plainest form, slow, and obviously right.
 
-Written from the contract alone; it shares no line and no idea with `trioproxy.scheduler`. All requests that there ever
-were stand in one list of dictionaries, which is searched and sorted anew for every question. Times and numbers come
-from outside. Every method returns what happened, in order.
+Written from the contract alone, and for the shares of client keys from the README; it shares no line and no idea with
+`trioproxy.scheduler`. All requests that there ever were stand in one list of dictionaries, which is searched and
+sorted anew for every question. Times and numbers come from outside. Every method returns what happened, in order.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class Entry(TypedDict):
     """One request."""
 
     name: str
+    key: str | None
     priority: int
     number: int
     """How many came before it."""
@@ -47,6 +48,8 @@ class ReferencePool:
 
     def __init__(self, permits: int, max_queue: int) -> None:
         self.permits = permits
+        self.shares: dict[str | None, tuple[int | None, int | None]] = {}
+        """How many slots and places the requests of a key may have; None: as many as there are."""
         self.max_queue = max_queue
         self.accepting = True
         self.requests: list[Entry] = []
@@ -66,10 +69,20 @@ class ReferencePool:
         """Who is over and done with."""
         return [entry for entry in self.requests if entry["state"] == "ended"]
 
-    def submit(self, name: str, priority: int, deadline: float, now: float) -> list[Happening]:
+    def allowed(self, entry: Entry) -> bool:
+        """Whether the entry's key leaves a slot for it."""
+        slots, _ = self.shares.get(entry["key"], (None, None))
+        return slots is None or slots > sum(other["key"] == entry["key"] for other in self.running())
+
+    def startable(self) -> list[Entry]:
+        """Who waits for nothing but a slot, in starting order."""
+        return [entry for entry in self.queued() if self.allowed(entry)]
+
+    def submit(self, name: str, priority: int, deadline: float, now: float, key: str | None = None) -> list[Happening]:
         """A newcomer asks for a slot."""
         entry = Entry(
             name=name,
+            key=key,
             priority=priority,
             number=len(self.requests),
             state="ended",
@@ -83,14 +96,21 @@ class ReferencePool:
             return [self._refused(entry, now, "shutting_down")]
         if now >= deadline:
             return [self._refused(entry, now, "deadline_exceeded")]
-        if len(self.running()) < self.permits and not queued:
+        slot_is_free = len(self.running()) < self.permits
+        if slot_is_free and self.allowed(entry):
             return [self._start(entry, now, was_queued=False)]
-        if len(queued) < self.max_queue:
-            return [self._queue(entry, now)]
-        if self.max_queue == 0 or not queued or priority <= min(other["priority"] for other in queued):
-            return [self._refused(entry, now, "queue_full")]
-        least = min(other["priority"] for other in queued)
-        victim = [other for other in queued if other["priority"] == least][-1]
+        _, places = self.shares.get(key, (None, None))
+        own = [other for other in queued if other["key"] == key]
+        if places is not None and len(own) >= places:
+            crowd, room, refusal = own, places, "rate_limit_exceeded"
+        else:
+            crowd, room, refusal = queued, self.max_queue, "rate_limit_exceeded" if slot_is_free else "queue_full"
+            if len(queued) < self.max_queue:
+                return [self._queue(entry, now)]
+        if room == 0 or priority <= min(other["priority"] for other in crowd):
+            return [self._refused(entry, now, refusal)]
+        least = min(other["priority"] for other in crowd)
+        victim = [other for other in crowd if other["priority"] == least][-1]
         return [self._out_of_queue(victim, now, "evicted"), self._queue(entry, now)]
 
     def leave(self, name: str, ending: str, now: float) -> list[Happening]:
@@ -112,14 +132,19 @@ class ReferencePool:
         told = Happening("capacity", None, now, permits=self.permits, max_queue=self.max_queue)
         return [told, *self._fill(now)]
 
+    def share(self, shares: dict[str | None, tuple[int | None, int | None]], now: float) -> list[Happening]:
+        """Other limits of the keys from now on: nobody loses a slot or a place."""
+        self.shares = shares
+        return self._fill(now)
+
     def close(self) -> None:
         """No newcomers any more."""
         self.accepting = False
 
     def _fill(self, now: float) -> list[Happening]:
         happened = []
-        while len(self.running()) < self.permits and self.queued():
-            happened.append(self._start(self.queued()[0], now, was_queued=True))
+        while len(self.running()) < self.permits and self.startable():
+            happened.append(self._start(self.startable()[0], now, was_queued=True))
         return happened
 
     def _start(self, entry: Entry, now: float, *, was_queued: bool) -> Happening:

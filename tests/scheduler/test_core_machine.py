@@ -16,11 +16,18 @@ from trioproxy.errors import Ending
 from trioproxy.events import CapacityChanged, Ended, Queued, ScheduledRequest, Started
 from trioproxy.scheduler.core import Core, SchedulingEvent
 from trioproxy.scheduler.limits import FixedLimit
+from trioproxy.scheduler.queue import ShareLimits
 
 PRIORITIES = st.one_of(st.sampled_from([0, 19, 20, 49, 50, 51, 100]), st.integers(0, 100))
 SECONDS = st.integers(0, 64).map(lambda eighths: eighths / 8)
 """Eighths are exact in binary: durations can be compared for equality."""
 DEADLINES = st.one_of(st.just(math.inf), st.integers(-1, 40).map(lambda eighths: eighths / 8))
+KEYS = st.sampled_from([None, None, "a", "a", "b", "c"])
+"""None and c never have limits."""
+SHARES = st.dictionaries(
+    st.sampled_from(["a", "b"]), st.tuples(st.none() | st.integers(1, 3), st.none() | st.integers(0, 3)), max_size=2
+)
+"""How many slots and places some keys may have."""
 ENDINGS_IN_QUEUE = st.sampled_from([errors.CANCELLED, errors.QUEUE_TIMEOUT, errors.DEADLINE_EXCEEDED])
 ENDINGS_OF_RUNNING = st.sampled_from([errors.COMPLETED, errors.UPSTREAM_REFUSED, errors.CANCELLED])
 
@@ -58,12 +65,13 @@ class CoreMachine(RuleBasedStateMachine):
         self.endings = Counter[str]()
         self.in_use_before = 0
 
-    @initialize(permits=st.integers(1, 4), max_queue=st.integers(0, 5))
-    def start(self, permits: int, max_queue: int) -> None:
+    @initialize(permits=st.integers(1, 4), max_queue=st.integers(0, 5), shares=SHARES)
+    def start(self, permits: int, max_queue: int, shares: dict[str, tuple[int | None, int | None]]) -> None:
         self.limit = FixedLimit(permits)
         self.core = Core(self.limit, max_queue)
         self.reference = ReferencePool(permits, max_queue)
         self.permits = permits
+        self.share(shares)
 
     def compare(self, events: list[SchedulingEvent], expected: list[Happening]) -> None:
         """Both say the same; then the events go into the books, as a listener would keep them."""
@@ -94,31 +102,37 @@ class CoreMachine(RuleBasedStateMachine):
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
 
-    @rule(urgency=PRIORITIES, seconds_left=DEADLINES)
-    def submit(self, urgency: int, seconds_left: float) -> None:
-        self.submit_one(urgency, self.now + seconds_left)
+    @rule(urgency=PRIORITIES, seconds_left=DEADLINES, key=KEYS)
+    def submit(self, urgency: int, seconds_left: float, key: str | None) -> None:
+        self.submit_one(urgency, self.now + seconds_left, key)
 
     @precondition(lambda self: self.reference.queued())
-    @rule(difference=st.integers(-1, 1))
-    def submit_one_about_as_urgent_as_the_least(self, difference: int) -> None:
-        self.submit_one(min(max(self.reference.queued()[-1]["priority"] + difference, 0), 100), math.inf)
+    @rule(difference=st.integers(-1, 1), key=KEYS)
+    def submit_one_about_as_urgent_as_the_least(self, difference: int, key: str | None) -> None:
+        self.submit_one(min(max(self.reference.queued()[-1]["priority"] + difference, 0), 100), math.inf, key)
 
-    @rule(urgency=PRIORITIES)
-    def submit_until_the_queue_is_full(self, urgency: int) -> None:
+    @rule(urgency=PRIORITIES, key=KEYS)
+    def submit_until_the_queue_is_full(self, urgency: int, key: str | None) -> None:
         for _ in range(self.limit.permits + self.core.max_queue):
-            self.submit_one(urgency, math.inf)
+            self.submit_one(urgency, math.inf, key)
 
-    def submit_one(self, urgency: int, deadline: float) -> None:
+    def submit_one(self, urgency: int, deadline: float, key: str | None) -> None:
         name = f"r{len(self.requests)}"
         request = ScheduledRequest(
-            request_id=name, method="POST", path="/v1/x", arrived=self.now, priority=urgency, deadline=deadline
+            request_id=name,
+            method="POST",
+            path="/v1/x",
+            arrived=self.now,
+            priority=urgency,
+            deadline=deadline,
+            key=key,
         )
         self.requests[name] = request
         events = self.core.submit(request, self.now)
         last = events[-1]
         assert not isinstance(last, CapacityChanged)
         assert last.request is request, "the last event is the newcomer's own"
-        self.compare(events, self.reference.submit(name, urgency, deadline, self.now))
+        self.compare(events, self.reference.submit(name, urgency, deadline, self.now, key))
 
     @precondition(lambda self: self.reference.running())
     @rule(data=st.data(), ending=ENDINGS_OF_RUNNING)
@@ -147,6 +161,14 @@ class CoreMachine(RuleBasedStateMachine):
         if permits is not None:
             self.limit.permits = permits
         self.compare(self.core.resize(self.now, max_queue), self.reference.resize(permits, max_queue, self.now))
+
+    @rule(shares=SHARES)
+    def share(self, shares: dict[str, tuple[int | None, int | None]]) -> None:
+        limits = {key: ShareLimits(max_concurrency=slots, max_queue=places) for key, (slots, places) in shares.items()}
+        self.compare(
+            self.core.set_shares(self.now, limits),
+            self.reference.share(dict(shares.items()), self.now),
+        )
 
     @rule(max_queue=st.integers(-3, -1))
     def resize_to_the_impossible(self, max_queue: int) -> None:
@@ -195,9 +217,17 @@ class CoreMachine(RuleBasedStateMachine):
         self.in_use_before = in_use
 
     @invariant()
-    def with_a_free_slot_nobody_waits(self) -> None:
-        snapshot = self.core.snapshot()
-        assert not (snapshot.available_permits and snapshot.queued)
+    def with_a_free_slot_nobody_waits_whose_key_has_one_left(self) -> None:
+        assert self.core.startable == bool(self.reference.startable())
+        assert not (self.core.snapshot().available_permits and self.core.startable)
+
+    @invariant()
+    def the_shares_are_counted(self) -> None:
+        for request in self.requests.values():
+            state = self.core.share(request)
+            if request.key in self.reference.shares:
+                assert state.running == sum(entry["key"] == request.key for entry in self.reference.running())
+                assert state.waiting == sum(entry["key"] == request.key for entry in self.reference.queued())
 
     @invariant()
     def gauges_kept_from_events_agree(self) -> None:

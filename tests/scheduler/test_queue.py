@@ -1,4 +1,4 @@
-"""The waiting line by itself: its order, joining, leaving from anywhere, and both of its ends."""
+"""The queue by itself: its order, joining, leaving from anywhere, both of its ends, the shares of client keys."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trioproxy.events import ScheduledRequest
-from trioproxy.scheduler.queue import WaitingLine
+from trioproxy.scheduler.queue import Queue, ShareLimits
 
 
-def make_request(name: str, priority: int) -> ScheduledRequest:
-    return ScheduledRequest(request_id=name, method="POST", path="/v1/x", arrived=0.0, priority=priority)
+def make_request(name: str, priority: int, key: str | None = None) -> ScheduledRequest:
+    return ScheduledRequest(request_id=name, method="POST", path="/v1/x", arrived=0.0, priority=priority, key=key)
 
 
-def line_of(*priorities: int) -> tuple[WaitingLine, list[ScheduledRequest]]:
+def line_of(*priorities: int) -> tuple[Queue, list[ScheduledRequest]]:
     """A line that requests with these priorities have joined at 0, 1, 2, … seconds; they are named by that time."""
-    line = WaitingLine()
+    line = Queue()
     requests = [make_request(str(index), priority) for index, priority in enumerate(priorities)]
     for index, request in enumerate(requests):
         line.join(request, float(index))
     return line, requests
 
 
-def names(line: WaitingLine) -> str:
+def names(line: Queue) -> str:
     return " ".join(request.request_id for request, _ in line)
 
 
@@ -114,7 +114,7 @@ def test_who_does_not_wait_cannot_leave() -> None:
 
 
 def test_requests_with_the_same_id_are_two() -> None:
-    line = WaitingLine()
+    line = Queue()
     one, two = make_request("same", 50), make_request("same", 50)
     line.join(one, 1.0)
     line.join(two, 2.0)
@@ -126,7 +126,7 @@ def test_requests_with_the_same_id_are_two() -> None:
 @given(st.lists(st.one_of(st.integers(0, 100), st.floats(0, 1, exclude_max=True)), max_size=60))
 def test_it_agrees_with_a_sorted_list(steps: list[int | float]) -> None:
     """An integer is the priority of a newcomer; a share of 1 points at the one in the list who leaves."""
-    line = WaitingLine()
+    line = Queue()
     waiting: list[tuple[ScheduledRequest, float]] = []
     for number, step in enumerate(steps):
         if isinstance(step, int):
@@ -144,3 +144,55 @@ def test_it_agrees_with_a_sorted_list(steps: list[int | float]) -> None:
             assert line.first() is expected[0][0]
             assert line.lowest_priority() == least
             assert line.youngest_of_lowest() is expected[-1][0]
+
+
+ONE_AT_A_TIME = {"a": ShareLimits(max_concurrency=1), "b": ShareLimits(max_concurrency=1)}
+
+
+def shared(*requests: tuple[str | None, int]) -> tuple[Queue, list[ScheduledRequest]]:
+    """A queue in which the keys a and b have one slot each, and the requests that joined it, by key and priority."""
+    queue = Queue()
+    queue.set_limits(ONE_AT_A_TIME)
+    joined = [make_request(str(index), priority, key) for index, (key, priority) in enumerate(requests)]
+    for index, request in enumerate(joined):
+        queue.join(request, float(index))
+    return queue, joined
+
+
+@pytest.mark.parametrize(
+    ("requests", "busy", "first", "youngest_of_lowest"),
+    [
+        ([("a", 50), (None, 50), ("b", 50)], "", 0, 2),
+        ([("a", 50), (None, 50), ("b", 50)], "a", 1, 2),
+        ([(None, 50), ("a", 90), ("b", 70)], "", 1, 0),
+        ([(None, 50), ("a", 90), ("b", 70)], "a", 2, 0),
+        ([(None, 50), ("a", 90), ("b", 70)], "ab", 0, 0),
+        ([("a", 90), ("a", 10), ("b", 10), (None, 20)], "ab", 3, 2),
+        ([("a", 90), ("b", 10)], "ab", None, 1),
+        ([("unknown", 90), ("a", 95)], "a", 0, 0),
+    ],
+)
+def test_whose_key_has_no_slot_left_is_passed_over_but_not_spared(
+    requests: list[tuple[str | None, int]], busy: str, first: int | None, youngest_of_lowest: int
+) -> None:
+    queue, joined = shared(*requests)
+    for key in busy:
+        queue.share_of(make_request("runs", 50, key)).running += 1
+    assert queue.first() is (None if first is None else joined[first])
+    assert queue.youngest_of_lowest() is joined[youngest_of_lowest]
+    assert queue.lowest_priority() == joined[youngest_of_lowest].priority
+    assert len(queue) == len(joined)
+    assert all(request in queue for request in joined)
+
+
+def test_other_limits_leave_everybody_in_place() -> None:
+    queue, joined = shared(("a", 50), (None, 50), ("b", 50), ("a", 70), (None, 70))
+    before = list(queue)
+    for limits in ({}, {"b": ShareLimits(max_queue=0)}, ONE_AT_A_TIME):
+        queue.set_limits(limits)
+        assert list(queue) == before
+        assert queue.first() is joined[3]
+        assert queue.youngest_of_lowest() is joined[2]
+    assert [queue.leave(request) for request in joined] == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert not queue
+    assert queue.first() is None

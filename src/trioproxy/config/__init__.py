@@ -7,7 +7,9 @@ This package knows what a setting may be, not what it is used for: it opens no s
 file and the certificates and keys that are named in it, and never puts a secret into a text.
 """
 
+from trioproxy.config.gathered import changes, with_values_of
 from trioproxy.config.settings import (
+    KeySettings,
     LoggingSettings,
     SchedulerSettings,
     ServerSettings,
@@ -21,12 +23,15 @@ from trioproxy.config.values import ConfigError
 
 __all__ = [
     "ConfigError",
+    "KeySettings",
     "LoggingSettings",
     "SchedulerSettings",
     "ServerSettings",
     "Settings",
     "TlsSettings",
     "UpstreamSettings",
+    "changes",
     "describe",
     "load",
+    "with_values_of",
 ]

@@ -1,5 +1,7 @@
 """The settings themselves: which there are, what each may be, what each means."""
 
+import hashlib
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -55,6 +57,9 @@ class ServerSettings(_Section):
     websocket_max_message_size: Annotated[int, BeforeValidator(values.size)] = 16 * 2**20
     """Bytes (of a text: characters), above 0: the biggest WebSocket message."""
 
+    control_socket: Annotated[Path | None, BeforeValidator(values.file_path)] = None
+    """A Unix socket, made at the start with mode 0600, for ``trioproxy reload``; None: none."""
+
     tls: TlsSettings = TlsSettings()
 
 
@@ -107,9 +112,58 @@ class SchedulerSettings(_Section):
     default_priority: Annotated[int, BeforeValidator(values.priority_number)] = 50
     """0 to 100, higher is more urgent; the names of the levels are accepted and stored as numbers."""
 
+    model_priorities: Annotated[dict[str, int], BeforeValidator(values.model_priorities)] = {}
+    """By model, ``*`` stands for anything, the first that fits counts: the priority of requests that say none and whose
+    key says none."""
+
+    honor_service_tier: Annotated[bool, BeforeValidator(values.flag)] = False
+    """Whether a body's ``service_tier`` is a priority: ``flex`` is ``low``, ``priority`` is ``high``."""
+
     routes: Annotated[dict[str, Literal["schedule", "pass"]], BeforeValidator(values.routes)] = {}
     """By path pattern under ``/v1/``, without a leading slash, where ``*`` is one segment: what differs from the
     built-in table of routes."""
+
+
+class KeySettings(_Section):
+    """One of ``keys``: a client key, and what may be asked for with it. Either `key` or `key_sha256`."""
+
+    name: Annotated[str, BeforeValidator(values.key_name)]
+    """1 to 64 letters, digits and ``.``, ``_``, ``-``: what logs and metrics call the key."""
+
+    key: Annotated[SecretStr | None, BeforeValidator(values.secret)] = None
+    """The key itself; better ``${NAME}``, or its SHA-256 instead."""
+
+    key_sha256: Annotated[str | None, BeforeValidator(values.sha256)] = None
+    """The key's SHA-256, 64 hexadecimal digits: ``trioproxy keys new NAME`` prints it."""
+
+    default_priority: Annotated[int | None, BeforeValidator(values.priority_or_none)] = None
+    """0 to 100, or a level's name: of requests that say none; None: as if there were no key."""
+
+    max_priority: Annotated[int, BeforeValidator(values.priority_number)] = 100
+    """0 to 100, or a level's name: the highest that requests may say. A higher one gets a 403, unless `clamp`."""
+
+    clamp: Annotated[bool, BeforeValidator(values.flag)] = False
+    """Whether a priority above `max_priority` is lowered to it instead of refused."""
+
+    models: Annotated[tuple[str, ...] | None, BeforeValidator(values.globs)] = None
+    """The models that scheduled requests and WebSocket sessions may name, ``*`` stands for anything; None: all."""
+
+    max_concurrency: Annotated[int | None, BeforeValidator(values.count_from_one)] = None
+    """Slots, at least 1, that its requests may have at once, others overtake what waits; None: no limit of its own."""
+
+    max_queue: Annotated[int | None, BeforeValidator(values.count_from_zero)] = None
+    """Requests of it that may wait; beyond that they get a 429; None: no limit of its own."""
+
+    expires: Annotated[datetime | None, BeforeValidator(values.expiry)] = None
+    """A date (to its end, UTC), or a date and time, from which on the key is not accepted; None: never."""
+
+    @property
+    def sha256(self) -> str:
+        """The key's SHA-256, 64 hexadecimal digits, whichever way it was given."""
+        if self.key_sha256 is not None:
+            return self.key_sha256
+        assert self.key is not None
+        return hashlib.sha256(self.key.get_secret_value().encode()).hexdigest()
 
 
 class LoggingSettings(_Section):
@@ -131,9 +185,13 @@ class Settings(_Section):
     server: ServerSettings = ServerSettings()
     upstream: UpstreamSettings = UpstreamSettings()
     scheduler: SchedulerSettings = SchedulerSettings()
+    keys: tuple[KeySettings, ...] = ()
     logging: LoggingSettings = LoggingSettings()
 
 
 def describe(settings: Settings) -> dict[str, object]:
     """The effective values by section and key, ready for JSON or YAML; a secret that is set reads ``**********``."""
-    return settings.model_dump(mode="json")
+    described = settings.model_dump(mode="json")
+    if not settings.keys:
+        del described["keys"]  # an empty list in a file is refused
+    return described

@@ -12,14 +12,14 @@ from typing import Final, cast
 from pydantic import ValidationError
 
 from trioproxy.certificates import certificates_complaint, key_complaint
-from trioproxy.config.gathered import DOTTED, ONLY_IN_FILE, Gathered, Given, did_you_mean
+from trioproxy.config.gathered import DOTTED, KEYS, ONLY_IN_FILE, Gathered, Given, did_you_mean
 from trioproxy.config.settings import Settings
 from trioproxy.config.values import ConfigError, shown
 from trioproxy.config.yaml_file import ConfigFile
 
 _PREFIX: Final = "TRIOPROXY_"
 _FILE_VARIABLE: Final = "TRIOPROXY_CONFIG"
-_VARIABLES: Final = {_PREFIX + key.upper().replace(".", "__"): key for key in DOTTED if key != ONLY_IN_FILE}
+_VARIABLES: Final = {_PREFIX + key.upper().replace(".", "__"): key for key in DOTTED if key not in ONLY_IN_FILE}
 # Kubernetes sets these in every pod beside a Service that is named trioproxy.
 _SERVICE_LINK: Final = re.compile(r"TRIOPROXY_(?:SERVICE|PORT)(?:_|$)")
 
@@ -46,8 +46,9 @@ def _read_environment(environ: Mapping[str, str], gathered: Gathered) -> None:
 
 
 def _hint(variable: str) -> str:
-    if variable == _PREFIX + ONLY_IN_FILE.upper().replace(".", "__"):
-        return f"; {ONLY_IN_FILE} can only be set in the file"
+    for key in (KEYS, *ONLY_IN_FILE):
+        if variable.startswith(_PREFIX + key.upper().replace(".", "__")):
+            return f"; {key} can only be set in the file"
     if _SERVICE_LINK.match(variable):
         return "; if it comes from a Kubernetes Service of that name, set enableServiceLinks: false"
     # Without the common prefix, which would make everything look close.
@@ -65,16 +66,38 @@ def _validated(gathered: Gathered) -> Settings | None:
         for name in path:
             section = cast(dict[str, object], section.setdefault(name, {}))
         section[key] = value
+    if KEYS in sections:
+        sections[KEYS] = list(cast(dict[str, object], sections[KEYS]).values())
     try:
         return Settings.model_validate(sections)
     except ValidationError as invalid:
         for error in invalid.errors(include_url=False, include_input=False):
             # Behind a setting's own name comes the place within its value.
-            names = [".".join(map(str, error["loc"][:depth])) for depth in (2, 3)]
+            names = [".".join(map(str, error["loc"][:depth])) for depth in (3, 2)]
             dotted = next(name for name in names if name in gathered.given)
-            text = error["msg"].removeprefix("Value error, ")
-            gathered.complain(dotted, text, gathered.given[dotted].origin)
+            missing = error["type"] == "missing"
+            text = "is missing" if missing else error["msg"].removeprefix("Value error, ")
+            gathered.complain(names[0] if missing else dotted, text, gathered.given[dotted].origin)
         return None
+
+
+def _check_keys(settings: Settings, gathered: Gathered) -> None:
+    """Complain of client keys that cannot be told from each other, or contradict themselves."""
+    names: dict[str, int] = {}
+    digests: dict[str, int] = {}
+    for index, key in enumerate(settings.keys):
+        entry = f"{KEYS}.{index}"
+        complaint = ""
+        if (key.key is None) == (key.key_sha256 is None):
+            complaint = "has neither key nor key_sha256: give one" if key.key is None else "has both key and key_sha256"
+        elif (first := names.setdefault(key.name, index)) != index:
+            complaint = f"has the name of {KEYS}[{first}]: {key.name}"
+        elif (first := digests.setdefault(key.sha256, index)) != index:
+            complaint = f"is the same key as {KEYS}[{first}]"
+        elif key.default_priority is not None and key.default_priority > key.max_priority:
+            complaint = f"has a default_priority ({key.default_priority}) above its max_priority ({key.max_priority})"
+        if complaint:
+            gathered.complain(entry, complaint, gathered.given[entry].origin)
 
 
 def _check_files(settings: Settings, gathered: Gathered) -> None:
@@ -134,6 +157,8 @@ def load(
     settings = _validated(gathered)
     if settings is not None:
         _check_files(settings, gathered)
+    if settings is not None and not gathered.problems:
+        _check_keys(settings, gathered)
     if settings is None or gathered.problems:
         raise ConfigError("\n".join(map(_printable, gathered.problems)))
     return settings

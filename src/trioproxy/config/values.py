@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import reprlib
 from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
 from fractions import Fraction
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
@@ -113,6 +114,23 @@ def _whole(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
+def _count_or_none(value: object, low: int) -> int | None:
+    if value is None:
+        return None
+    number = _whole(value)
+    if number is None or number < low:
+        raise unlike(f"a whole number from {low} on", value)
+    return number
+
+
+def count_from_one(value: object) -> int | None:
+    return _count_or_none(value, 1)
+
+
+def count_from_zero(value: object) -> int | None:
+    return _count_or_none(value, 0)
+
+
 def whole_number(low: int, high: int = 2**31 - 1) -> BeforeValidator:
     def parse(value: object) -> int:
         number = _whole(value)
@@ -129,6 +147,10 @@ def priority_number(value: object) -> int:
     if number is None or not 0 <= number <= 100:
         raise unlike(f"a whole number from 0 to 100 or one of {', '.join(_PRIORITY_NAMES)}", value)
     return number
+
+
+def priority_or_none(value: object) -> int | None:
+    return None if value is None else priority_number(value)
 
 
 def level(value: object) -> str:
@@ -259,3 +281,76 @@ def _pattern_complaint(pattern: str) -> str:
     if any("*" in segment and segment != "*" for segment in segments):
         return "must have * only as a whole segment"
     return ""
+
+
+_KEY_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_SHA256: Final = re.compile(r"[0-9a-fA-F]{64}")
+
+
+def key_name(value: object) -> str:
+    if not isinstance(value, str) or not _KEY_NAME.fullmatch(value):
+        raise unlike("a name of 1 to 64 letters, digits and . _ -", value)
+    return value
+
+
+def sha256(value: object) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str) or not _SHA256.fullmatch(value):
+        raise ValueError("must be a SHA-256 as 64 hexadecimal digits, in quotes; what was given is not shown")
+    return value.lower()
+
+
+def flag(value: object) -> bool:
+    text = value.strip().lower() if isinstance(value, str) else value
+    if text not in (True, False, "true", "false") or (isinstance(value, int | float) and not isinstance(value, bool)):
+        raise unlike("true or false", value)
+    return text in (True, "true")
+
+
+def _glob_complaint(glob: object) -> str:
+    return "" if isinstance(glob, str) and _PRINTABLE.fullmatch(glob) else "is not text without blanks"
+
+
+def globs(value: object) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    given = tuple(value) if isinstance(value, list | tuple) else (value,)
+    wrong = [f"{shown(glob)} {_glob_complaint(glob)}" for glob in given if _glob_complaint(glob)]
+    if wrong or not given:
+        complaint = ", ".join(wrong) or "there is none (leave it out to allow all)"
+        raise ValueError(f"must be a list of at least one model's name, in which * stands for anything: {complaint}")
+    return tuple(map(str, given))
+
+
+def model_priorities(value: object) -> dict[str, int]:
+    if not isinstance(value, Mapping):
+        raise unlike("a mapping of models' names, in which * stands for anything, to priorities", value)
+    complaints = []
+    priorities: dict[str, int] = {}
+    for glob, urgency in value.items():
+        complaint = _glob_complaint(glob)
+        if not complaint:
+            try:
+                priorities[str(glob)] = priority_number(urgency)
+            except ValueError as error:
+                complaint = str(error)
+        if complaint:
+            complaints.append(f"{shown(glob)} {complaint}")
+    if complaints:
+        raise ValueError("; ".join(complaints))
+    return priorities
+
+
+def expiry(value: object) -> datetime | None:
+    """The moment from which on a key is not accepted any more."""
+    if value is None or isinstance(value, datetime):
+        return value
+    text = value.strip() if isinstance(value, str) else ""
+    try:
+        moment = datetime.fromisoformat(text)
+        # A date alone is its last day.
+        moment += timedelta(days=1) if re.fullmatch(r"[0-9]{4}-?[0-9]{2}-?[0-9]{2}", text) else timedelta()
+        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise unlike("a date (2027-01-31: to the end of that day, UTC) or a date and time", value) from None

@@ -9,8 +9,8 @@ from typing import Final
 
 import yaml
 
-from trioproxy.config.gathered import DOTTED, INNER_SECTIONS, Gathered, Given
-from trioproxy.config.settings import Settings
+from trioproxy.config.gathered import DOTTED, INNER_SECTIONS, KEYS, Gathered, Given
+from trioproxy.config.settings import KeySettings, Settings
 from trioproxy.config.values import WHOLE_NUMBER, ConfigError, shown
 
 # Deeper than any setting; bounded, because aliases can make a YAML document contain itself.
@@ -94,6 +94,8 @@ class ConfigFile:
         for section, node, origin in self._entries(root, ""):
             if section not in Settings.model_fields:
                 self._gathered.complain_unknown(section, origin)
+            elif section == KEYS:
+                self._read_keys(node, origin)
             else:
                 self._read_section(section, node, origin)
 
@@ -112,10 +114,33 @@ class ConfigFile:
             if key not in DOTTED:
                 self._gathered.complain_unknown(key, at)
                 continue
-            problems_before = len(self._gathered.problems)
-            value = self._value(child, key, at)
-            if len(self._gathered.problems) == problems_before:
-                self._gathered.given[key] = Given(value, at)
+            self._give(key, child, at)
+
+    def _read_keys(self, node: yaml.Node, origin: str) -> None:
+        if node.tag == _NULL or not node.value:
+            self._gathered.complain(KEYS, "is empty: leave it out to let anyone who can connect use the proxy", origin)
+            return
+        if not isinstance(node, yaml.SequenceNode):
+            self._gathered.complain(KEYS, "must be a list; an entry is like - {name: web, key: ...}", origin)
+            return
+        for index, entry in enumerate(node.value):
+            subject, at = f"{KEYS}.{index}", f"file {self._path}, line {entry.start_mark.line + 1}"
+            if not isinstance(entry, yaml.MappingNode):
+                # It may be a key.
+                self._gathered.complain(subject, "must be a mapping such as {name: web, key: ...}", at)
+                continue
+            self._gathered.given[subject] = Given({}, at)
+            for key, child, line in self._entries(entry, f"{subject}."):
+                if key.rpartition(".")[2] in KeySettings.model_fields:
+                    self._give(key, child, line)
+                else:
+                    self._gathered.complain_unknown(key, line)
+
+    def _give(self, key: str, node: yaml.Node, origin: str) -> None:
+        problems_before = len(self._gathered.problems)
+        value = self._value(node, key, origin)
+        if len(self._gathered.problems) == problems_before:
+            self._gathered.given[key] = Given(value, origin)
 
     def _entries(self, node: yaml.MappingNode, prefix: str) -> Iterator[tuple[str, yaml.Node, str]]:
         """Each key with the prefix before it, its value, and where it stands; complains of keys given twice."""

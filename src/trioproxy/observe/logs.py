@@ -274,20 +274,26 @@ def configure(
     console = stream.isatty() if log_format is None else log_format == "console"
     render = _Console(colors=stream.isatty()) if console else render_json
     writer = Writer(None if file_only else stream, render, file)
-    threshold = logging.getLevelNamesMapping()[level.upper()]
     structlog.configure(
         processors=[structlog.contextvars.merge_contextvars, _traceback, _stamp],
-        wrapper_class=structlog.make_filtering_bound_logger(threshold),
         logger_factory=lambda *_: _Output(writer),
         cache_logger_on_first_use=False,
     )
     root = logging.getLogger()
     root.handlers = [_FromStandardLibrary()]
-    root.setLevel(max(threshold, logging.INFO))  # libraries' debug lines would show bodies and keys
+    set_level(level)
     for chatty in ("httpx", "httpcore"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     logging.captureWarnings(capture=True)
     return writer
+
+
+def set_level(level: str) -> None:
+    """From now on, log what is at least as severe as this: debug, info, warning or error."""
+    threshold = logging.getLevelNamesMapping()[level.upper()]
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(threshold))
+    # Libraries' debug lines would show bodies and keys.
+    logging.getLogger().setLevel(max(threshold, logging.INFO))
 
 
 def say_and_exit(event: str, error: str, status: int) -> NoReturn:
@@ -382,6 +388,7 @@ def _facts(request: RequestFacts) -> dict[str, object]:
     fields: dict[str, object] = {"request_id": request.request_id}
     if isinstance(request, ScheduledRequest):
         fields |= {"priority": request.priority, "priority_level": request.priority_level, "pool": request.pool}
+    fields["key"] = request.key
     fields |= {"model": request.model, "method": request.method, "path": request.path, "stream": request.stream}
     fields["bytes_in"] = request.bytes_in
     return _known(fields)

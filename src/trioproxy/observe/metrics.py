@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, PlatformCollector, ProcessCollector
 from prometheus_client import disable_created_metrics as _disable_created_metrics
@@ -54,6 +55,12 @@ UPSTREAM_STATUSES = ("2xx", "3xx", "4xx", "429", "5xx", "error")
 PASSED_THROUGH_STATUSES = ("2xx", "3xx", "4xx", "5xx", "error")
 
 
+KEYS_MAX = 100
+"""Client keys that have series of their own; all others share one set, so that a scrape stays small."""
+
+OTHER_KEYS = "(other)"
+
+
 def _status_class(http_status: int | None) -> str:
     # From 600 on they mean nothing, and are to be treated as 500 (RFC 9110 section 15).
     return "error" if http_status is None else f"{min(http_status // 100, 5)}xx"
@@ -85,6 +92,14 @@ class _DroppedLines(Collector):
         )
 
 
+class _KeySeries(NamedTuple):
+    """The series of one client key."""
+
+    requests: dict[Status, Counter]
+    running: Gauge
+    queue_size: Gauge
+
+
 class Metrics:
     """A listener that counts. One registry of its own, so that several can live in one process.
 
@@ -114,6 +129,7 @@ class Metrics:
         self._define_queue_gauges(max_queue, queue_timeout)
         self._define_counters()
         self._define_counters_beside()
+        self._define_keys()
         self._define_histograms()
         self._handlers: dict[type[Event], Callable[..., None]] = {
             Queued: self._queued,
@@ -144,6 +160,16 @@ class Metrics:
     def invariant_violated(self) -> None:
         """Something does not hold although it always must."""
         self._invariant_violations.inc()
+
+    def name_keys(self, names: Iterable[str]) -> None:
+        """Give each of these client keys series of its own, from 0 on; who has some keeps them."""
+        for name in names:
+            if len(self._keys) < KEYS_MAX and name not in self._keys:
+                self._keys[name] = self._key_series(name)
+
+    def queue_timeout_changed(self, seconds: float) -> None:
+        """Requests may wait for so long from now on."""
+        self._queue_timeout.set(seconds)
 
     def expose(self, accept: str) -> tuple[bytes, str]:
         """All series in the format that the scraper's header `Accept` asks for, and its content type."""
@@ -192,7 +218,8 @@ class Metrics:
         ).labels(self._pool)
         self._max_queue.set(max_queue)
         timeout = self._gauge("queue_timeout_seconds", "How long a request may wait before it is turned away.")
-        timeout.labels(self._pool).set(queue_timeout)
+        self._queue_timeout = timeout.labels(self._pool)
+        self._queue_timeout.set(queue_timeout)
 
     def _counter(self, name: str, help_text: str, *labels: str) -> Counter:
         return Counter(f"openai_proxy_{name}", help_text, labels, registry=self.registry)
@@ -222,7 +249,10 @@ class Metrics:
         )
         self._evicted = {level: evicted.labels(self._pool, level) for level in priority.LEVELS}
         rejected = self._counter(
-            "requests_rejected", "Requests turned away because the queue was full.", "pool", "priority_level"
+            "requests_rejected",
+            "Requests turned away because the queue, or what a client key may have of it, was full.",
+            "pool",
+            "priority_level",
         )
         self._rejected = {level: rejected.labels(self._pool, level) for level in priority.LEVELS}
 
@@ -245,12 +275,44 @@ class Metrics:
         self._listener_failures = self._counter(
             "listener_failures", "Events that a metric, the log or another listener failed on: a bug. See the log."
         )
-        refused = self._counter("refused", "Requests turned away before scheduling: malformed or too large.", "code")
+        refused = self._counter(
+            "refused", "Requests turned away before scheduling: malformed, too large, or not allowed.", "code"
+        )
         self._refusals = {
             ending.code: refused.labels(ending.code)
             for ending in errors.ENDINGS
             if ending.http_status is not None and ending.status is None
         }
+
+    def _define_keys(self) -> None:
+        self._keys: dict[str, _KeySeries] = {}
+        self._other_keys: _KeySeries | None = None
+        self._key_requests = self._counter(
+            "key_requests",
+            "Scheduled requests that have ended, by client key and how: who uses the upstream, whose are turned away.",
+            "pool",
+            "key",
+            "status",
+        )
+        self._key_running = self._gauge("key_running", "Slots that requests of a client key hold now.", "key")
+        self._key_queue_size = self._gauge("key_queue_size", "Requests of a client key waiting for a slot now.", "key")
+
+    def _key_series(self, name: str) -> _KeySeries:
+        return _KeySeries(
+            {status: self._key_requests.labels(self._pool, name, status) for status in Status},
+            self._key_running.labels(self._pool, name),
+            self._key_queue_size.labels(self._pool, name),
+        )
+
+    def _of_key(self, request: ScheduledRequest) -> _KeySeries | None:
+        """The series of the client key that a request came with, if it came with one."""
+        if request.key is None:
+            return None
+        if (series := self._keys.get(request.key)) is not None:
+            return series
+        if self._other_keys is None:
+            self._other_keys = self._key_series(OTHER_KEYS)
+        return self._other_keys
 
     def _define_histograms(self) -> None:
         def histogram(name: str, help_text: str, buckets: Sequence[float], *labels: str) -> Histogram:
@@ -304,17 +366,23 @@ class Metrics:
         self._waiting[event.request] = event.at
         self._queue_size.set(len(self._waiting))
         self._queue_size_by_priority[event.request.priority_level].inc()
+        if (key := self._of_key(event.request)) is not None:
+            key.queue_size.inc()
 
     def _started(self, event: Started) -> None:
         if event.was_queued:
             self._leave_queue(event.request)
         self._waits[event.request.priority_level].observe(event.queue_seconds)
         self._use_slots(+1)
+        if (key := self._of_key(event.request)) is not None:
+            key.running.inc()
 
     def _leave_queue(self, request: ScheduledRequest) -> None:
         del self._waiting[request]
         self._queue_size.set(len(self._waiting))
         self._queue_size_by_priority[request.priority_level].dec()
+        if (key := self._of_key(request)) is not None:
+            key.queue_size.dec()
 
     def _use_slots(self, change: int) -> None:
         self._in_use += change
@@ -328,6 +396,9 @@ class Metrics:
         self._requests[level, status].inc()
         self._outcomes[outcome].inc()
         self._totals[level, status].observe(event.total_seconds)
+        if (key := self._of_key(event.request)) is not None:
+            key.requests[status].inc()
+            key.running.dec(event.started)
         if event.started:
             self._use_slots(-1)
         elif event.queue_seconds is not None:

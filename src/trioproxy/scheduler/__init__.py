@@ -6,6 +6,7 @@ decisions out (trio). Nothing here knows HTTP.
 
 from trioproxy.scheduler.core import Core, Snapshot
 from trioproxy.scheduler.limits import FixedLimit
+from trioproxy.scheduler.queue import ShareLimits
 from trioproxy.scheduler.runtime import Scheduler, Slot
 
-__all__ = ["Core", "FixedLimit", "Scheduler", "Slot", "Snapshot"]
+__all__ = ["Core", "FixedLimit", "Scheduler", "ShareLimits", "Slot", "Snapshot"]

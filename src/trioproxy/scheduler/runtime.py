@@ -6,8 +6,9 @@ and having published its change there is no checkpoint at which a cancellation c
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
+from types import MappingProxyType
 from typing import Final
 
 import trio
@@ -17,6 +18,7 @@ from trioproxy.errors import Ending, ProxyError
 from trioproxy.events import Ended, Progress, Publisher, Queued, ScheduledRequest, Started
 from trioproxy.scheduler.core import Core, SchedulingEvent, Snapshot
 from trioproxy.scheduler.limits import FixedLimit
+from trioproxy.scheduler.queue import ShareLimits
 
 
 class Slot:
@@ -57,9 +59,16 @@ class Scheduler:
     starts the next one.
     """
 
-    def __init__(self, limit: FixedLimit, max_queue: int, queue_timeout: float, publisher: Publisher) -> None:
+    def __init__(
+        self,
+        limit: FixedLimit,
+        max_queue: int,
+        queue_timeout: float,
+        publisher: Publisher,
+        shares: Mapping[str, ShareLimits] = MappingProxyType({}),
+    ) -> None:
         self._limit = limit
-        self._core = Core(limit, max_queue)
+        self._core = Core(limit, max_queue, shares)
         self._queue_timeout = queue_timeout
         self._publisher = publisher
         self._waiters: dict[ScheduledRequest, _Waiter] = {}
@@ -74,7 +83,7 @@ class Scheduler:
         `slot.ending`; the slot is free, and the next request has it, before this returns.
 
         Raises `ProxyError` when there is no slot to be had: QUEUE_FULL, SHUTTING_DOWN, EVICTED, QUEUE_TIMEOUT,
-        DEADLINE_EXCEEDED.
+        DEADLINE_EXCEEDED, RATE_LIMIT_EXCEEDED.
         """
         self._present += 1
         try:
@@ -90,10 +99,13 @@ class Scheduler:
         finally:
             self._present -= 1
 
-    def resize(self, *, concurrency: int | None = None, max_queue: int | None = None) -> None:
+    def resize(
+        self, *, concurrency: int | None = None, max_queue: int | None = None, queue_timeout: float | None = None
+    ) -> None:
         """Change the pool's capacity: raising starts waiting requests at once, lowering drains.
 
-        ValueError, and nothing changed, if there would be no slot or fewer than no places.
+        Who waits already does so for as long as it was told. ValueError, and nothing changed, if there would be no slot
+        or fewer than no places.
         """
         permits_before = self._limit.permits
         if concurrency is not None:
@@ -103,7 +115,13 @@ class Scheduler:
         except ValueError:
             self._limit.permits = permits_before
             raise
+        if queue_timeout is not None:
+            self._queue_timeout = queue_timeout
         self._carry_out(events)
+
+    def set_shares(self, limits: Mapping[str, ShareLimits]) -> None:
+        """Limit what the client keys named may have at once, and no others. Lower limits drain."""
+        self._carry_out(self._core.set_shares(trio.current_time(), limits))
 
     def close(self) -> None:
         """Turn newcomers away with SHUTTING_DOWN from now on; who runs or waits goes on."""
@@ -137,7 +155,7 @@ class Scheduler:
         held, waiting = self._core.running, self._core.queued
         if held + waiting > self._present:
             yield f"{held} slots and {waiting} places are taken, but only {self._present} requests are there"
-        if waiting and held < self._limit.permits:
+        if self._core.startable and held < self._limit.permits:
             yield f"{waiting} requests wait although only {held} of {self._limit.permits} slots are taken"
         if waiting != len(self._waiters):
             yield f"{waiting} requests are queued, but {len(self._waiters)} tasks wait"
@@ -150,11 +168,12 @@ class Scheduler:
         asked = trio.current_time()
         *_, verdict = self._carry_out(self._core.submit(request, asked))
         if isinstance(verdict, Ended):
-            raise self._refusal(verdict)
+            raise self._refusal(verdict, self._queue_timeout)
         if isinstance(verdict, Started):
             return verdict.queue_seconds
         waiter = self._waiters[request]
-        times_out = asked + self._queue_timeout
+        queue_timeout = self._queue_timeout
+        times_out = asked + queue_timeout
         waiter.scope.deadline = min(times_out, request.deadline)
         try:
             with waiter.scope:
@@ -167,7 +186,7 @@ class Scheduler:
         if waiter.verdict is None:
             self._leave(request, errors.DEADLINE_EXCEEDED if request.deadline <= times_out else errors.QUEUE_TIMEOUT)
         assert isinstance(waiter.verdict, Ended)
-        raise self._refusal(waiter.verdict)
+        raise self._refusal(waiter.verdict, queue_timeout)
 
     def _abandon(self, request: ScheduledRequest, waiter: _Waiter) -> None:
         """The waiting task was cancelled: it may have been given a slot, or evicted, a moment before."""
@@ -190,19 +209,29 @@ class Scheduler:
             self._publisher.publish(event)
         return events
 
-    def _refusal(self, ended: Ended) -> ProxyError:
+    def _refusal(self, ended: Ended, queue_timeout: float) -> ProxyError:
         request = ended.request
         waited = ended.queue_seconds or 0.0
+        key = self._core.share(request)
+        own_queue_full = key.limits.max_queue is not None and key.waiting >= key.limits.max_queue
+        by_key = own_queue_full or ended.ending is errors.RATE_LIMIT_EXCEEDED
+        key_places = self._core.max_queue if key.limits.max_queue is None else key.limits.max_queue
         return ProxyError(
             ended.ending,
             queue_seconds=waited,
-            retry_after=self.retry_after(),
+            retry_after=self._core.retry_after(trio.current_time(), request if by_key else None),
             priority=request.priority,
             permits=self._limit.permits,
             queued=self._core.queued,
-            max_queue=self._core.max_queue,
+            queue=f"The key {request.key!r}'s part of the queue" if own_queue_full else "The queue",
+            max_queue=key_places if own_queue_full else self._core.max_queue,
             waited=waited,
-            limit=self._queue_timeout if ended.ending is errors.QUEUE_TIMEOUT else request.deadline - request.arrived,
+            limit=queue_timeout if ended.ending is errors.QUEUE_TIMEOUT else request.deadline - request.arrived,
+            key=request.key,
+            running=key.running,
+            waiting=key.waiting,
+            key_permits=self._limit.permits if key.limits.max_concurrency is None else key.limits.max_concurrency,
+            key_places=key_places,
         )
 
 
