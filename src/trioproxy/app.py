@@ -77,16 +77,16 @@ class Proxy:
 
     def reconfigure(self, settings: Settings) -> None:
         """Go on with other settings, from this moment. What `trioproxy.reload` says needs a restart stays as it is."""
+        before, limits = self.settings.scheduler, settings.scheduler
         self.settings = settings
-        limits = settings.scheduler
         self.routes = RouteTable(limits.routes)
         self.keys = KeyRing(settings.keys)
         self.upstream.reconfigure(settings.upstream)
         self.websockets.limit = settings.server.max_websockets
-        self.scheduler.resize(
-            concurrency=limits.concurrency, max_queue=limits.max_queue, queue_timeout=limits.queue_timeout
-        )
+        self.scheduler.queue_timeout = limits.queue_timeout
         self.metrics.queue_timeout_changed(limits.queue_timeout)
+        if (limits.concurrency, limits.max_queue) != (before.concurrency, before.max_queue):
+            self.scheduler.resize(concurrency=limits.concurrency, max_queue=limits.max_queue)
         self.metrics.name_keys(key.name for key in settings.keys)
         self.scheduler.set_shares(_shares(settings))
 
@@ -186,7 +186,7 @@ class Proxy:
 
     def _identify(self, exchange: Exchange | Handshake, subprotocols: Iterable[str]) -> KeySettings | None:
         """Whose key the request came with; None if there are no keys. Raises `ProxyError`: INVALID_API_KEY."""
-        key = self.keys.identify(exchange.head, subprotocols, datetime.now(UTC)) if self.keys else None
+        key = self.keys.identify(exchange.head, subprotocols, datetime.now(UTC))
         exchange.key_name = None if key is None else key.name
         return key
 

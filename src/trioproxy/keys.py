@@ -36,13 +36,10 @@ def digest(key: str) -> str:
 
 
 class KeyRing:
-    """All client keys of one configuration. Falsy if there are none: then everybody may ask for everything."""
+    """All client keys of one configuration. If there are none, everybody may ask for everything."""
 
     def __init__(self, keys: Sequence[KeySettings]) -> None:
         self._by_digest = [(bytes.fromhex(key.sha256), key) for key in keys]
-
-    def __bool__(self) -> bool:
-        return bool(self._by_digest)
 
     def identify(self, head: Head, subprotocols: Iterable[str], now: datetime) -> KeySettings | None:
         """Whose key a request came with; None if there are no keys.
@@ -50,7 +47,7 @@ class KeyRing:
         It stands in `Authorization` (RFC 6750 section 2.1), or, of some clients, in `api-key`, `x-api-key` or a
         WebSocket subprotocol. Raises `ProxyError`: INVALID_API_KEY.
         """
-        if not self:
+        if not self._by_digest:
             return None
         said = set(_credentials(head, subprotocols))
         if not said:

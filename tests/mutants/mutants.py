@@ -302,8 +302,8 @@ MUTANTS: Final = (
     Mutant(
         "who is no client is told so after the upload",
         "app.py",
-        "        key = self.keys.identify(exchange.head, subprotocols, datetime.now(UTC)) if self.keys else None\n",
-        "        key = None\n",
+        "key = self.keys.identify(exchange.head, subprotocols, datetime.now(UTC))",
+        "key: KeySettings | None = None",
         KEYS,
     ),
     Mutant(

@@ -69,7 +69,8 @@ class Scheduler:
     ) -> None:
         self._limit = limit
         self._core = Core(limit, max_queue, shares)
-        self._queue_timeout = queue_timeout
+        self.queue_timeout = queue_timeout
+        """Seconds that newcomers may wait; who waits already does so for as long as it was told."""
         self._publisher = publisher
         self._waiters: dict[ScheduledRequest, _Waiter] = {}
         self._present = 0
@@ -99,13 +100,10 @@ class Scheduler:
         finally:
             self._present -= 1
 
-    def resize(
-        self, *, concurrency: int | None = None, max_queue: int | None = None, queue_timeout: float | None = None
-    ) -> None:
+    def resize(self, *, concurrency: int | None = None, max_queue: int | None = None) -> None:
         """Change the pool's capacity: raising starts waiting requests at once, lowering drains.
 
-        Who waits already does so for as long as it was told. ValueError, and nothing changed, if there would be no slot
-        or fewer than no places.
+        ValueError, and nothing changed, if there would be no slot or fewer than no places.
         """
         permits_before = self._limit.permits
         if concurrency is not None:
@@ -115,8 +113,6 @@ class Scheduler:
         except ValueError:
             self._limit.permits = permits_before
             raise
-        if queue_timeout is not None:
-            self._queue_timeout = queue_timeout
         self._carry_out(events)
 
     def set_shares(self, limits: Mapping[str, ShareLimits]) -> None:
@@ -168,11 +164,11 @@ class Scheduler:
         asked = trio.current_time()
         *_, verdict = self._carry_out(self._core.submit(request, asked))
         if isinstance(verdict, Ended):
-            raise self._refusal(verdict, self._queue_timeout)
+            raise self._refusal(verdict, self.queue_timeout)
         if isinstance(verdict, Started):
             return verdict.queue_seconds
         waiter = self._waiters[request]
-        queue_timeout = self._queue_timeout
+        queue_timeout = self.queue_timeout
         times_out = asked + queue_timeout
         waiter.scope.deadline = min(times_out, request.deadline)
         try:
