@@ -141,8 +141,10 @@ def new(name: str) -> None:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise click.BadParameter(reason, param_hint="NAME") from None
     key = new_key()
-    click.echo(f"key (shown this once, give it to {name}):\n{key}\n", err=True)
-    click.echo(f'  - {{name: {name}, key_sha256: "{digest(key)}"}}')
+    click.echo(
+        f"{key}\n\nThis is the key for {name}; it is shown only now. Its line in the configuration file, below keys:\n\n"
+        f'  - {{name: "{name}", key_sha256: "{digest(key)}"}}'
+    )
 
 
 def run(config_file: Path | None, overrides: Mapping[str, object]) -> None:
