@@ -142,7 +142,7 @@ def new(name: str) -> None:
         raise click.BadParameter(reason, param_hint="NAME") from None
     key = new_key()
     click.echo(
-        f"{key}\n\nThis is the key for {name}; it is shown only now. Its line in the configuration file, below keys:\n\n"
+        f"{key}\n\nThis is the key for {name}; it is shown only now. Its line in the configuration, below keys:\n\n"
         f'  - {{name: "{name}", key_sha256: "{digest(key)}"}}'
     )
 
