@@ -57,7 +57,7 @@ def test_the_panels_that_were_asked_for_are_there() -> None:
 
 def test_it_reads_from_top_to_bottom() -> None:
     rows = [panel for panel in DASHBOARD["panels"] if panel["type"] == "row"]
-    assert [row["title"] for row in rows] == ["Health", "Admission", "Shedding", "Upstream", "Logs"]
+    assert [row["title"] for row in rows] == ["Health", "Admission", "Shedding", "Upstream", "Client Keys", "Logs"]
     assert not any(row["collapsed"] for row in rows)
     tops = [panel["gridPos"]["y"] for panel in DASHBOARD["panels"]]
     assert tops == sorted(tops)

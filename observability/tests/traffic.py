@@ -103,8 +103,9 @@ class Client:
         url = self.http.base_url
         assert url.port is not None
         async with await trio.open_tcp_stream(url.host, url.port) as stream:
-            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {url.host}\r\nX-Priority: {number}\r\n"
-            await stream.send_all(f"{head}X-Behave: hang\r\nContent-Length: 2\r\n\r\n{{}}".encode())
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {url.host}\r\nAuthorization: Bearer {KEY}\r\n"
+            head += f"X-Priority: {number}\r\nX-Behave: hang\r\nContent-Length: 2\r\n\r\n"
+            await stream.send_all(head.encode() + b"{}")
             await trio.sleep(0.05)
 
     async def _crowd(self, numbers: list[int]) -> None:
@@ -127,8 +128,11 @@ class Client:
         await self.http.post("/v1/chat/completions", json={}, headers={"x-priority": "urgent"})
 
 
-SETTINGS: Final[dict[str, dict[str, Any]]] = {
-    "scheduler": {"concurrency": SLOTS, "max_queue": PLACES, "queue_timeout": QUEUE_TIMEOUT}
+KEY: Final = "sk-team"
+
+SETTINGS: Final[dict[str, Any]] = {
+    "keys": [{"name": "team", "key": KEY}],
+    "scheduler": {"concurrency": SLOTS, "max_queue": PLACES, "queue_timeout": QUEUE_TIMEOUT},
 }
 
 
@@ -136,7 +140,8 @@ SETTINGS: Final[dict[str, dict[str, Any]]] = {
 async def client(url: str, *, bugs: bool) -> AsyncIterator[Client]:
     """A client of the proxy at `url`."""
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=20, trust_env=False, limits=limits) as http:
+    as_team = {"authorization": f"Bearer {KEY}"}
+    async with httpx.AsyncClient(base_url=url, headers=as_team, timeout=20, trust_env=False, limits=limits) as http:
         yield Client(http, bugs)
 
 
