@@ -40,7 +40,7 @@ def types(session: nox.Session) -> None:
 def run_tests(session: nox.Session) -> None:
     """pytest with branch coverage, subprocesses included; arguments after ``--`` go to pytest."""
     session.run("coverage", "erase")
-    session.run("coverage", "run", "-m", "pytest", *session.posargs)
+    session.run("coverage", "run", "-m", "pytest", "--numprocesses", "auto", *session.posargs)
     session.run("coverage", "combine", "--quiet")
     session.run("coverage", "report")
 

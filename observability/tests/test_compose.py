@@ -13,6 +13,12 @@ from pydantic import BaseModel, ConfigDict
 
 from stack import REPOSITORY, STACK, load_dashboard, load_yaml, panels, readme, rules
 
+DEPLOY = REPOSITORY / "deploy"
+COMPOSE_FILES = [
+    STACK / "docker-compose.yml",
+    *DEPLOY.glob("compose*.yaml"),
+    DEPLOY / "observability" / "override.yaml",
+]
 COMPOSE = load_yaml("docker-compose.yml")
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 PROMETHEUS = load_yaml("prometheus.yml")
@@ -39,8 +45,8 @@ def mounts(service: str) -> dict[str, str]:
     return {part[1]: part[0] for part in parts}
 
 
-def test_it_follows_the_compose_specification() -> None:
-    command = ["check_jsonschema", "--builtin-schema", "vendor.compose-spec", str(STACK / "docker-compose.yml")]
+def test_they_follow_the_compose_specification() -> None:
+    command = ["check_jsonschema", "--builtin-schema", "vendor.compose-spec", *map(str, COMPOSE_FILES)]
     done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
     assert "version" not in COMPOSE
@@ -52,9 +58,12 @@ def test_compose_itself_takes_it_where_there_is_one() -> None:
             there = subprocess.run([*command, "version"], capture_output=True, check=False, timeout=60).returncode == 0
         except FileNotFoundError:
             there = False
-        if there:
-            done = subprocess.run([*command, "config", "-q"], cwd=STACK, capture_output=True, check=False, timeout=60)
-            assert (done.returncode, done.stderr) == (0, b"")
+        joined = ["-f", "compose.yaml", "-f", "compose.observability.yaml", "--profile", "alloy", "--profile", "demo"]
+        for folder, options in (STACK, list[str]()), (DEPLOY, ["--profile", "demo"]), (DEPLOY, joined):
+            if there:
+                asked = [*command, *options, "config", "-q"]
+                done = subprocess.run(asked, cwd=folder, capture_output=True, check=False, timeout=60)
+                assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_the_images_are_pinned() -> None:
@@ -395,6 +404,7 @@ def test_no_group_has_an_interval_of_its_own() -> None:
     "command",
     [
         ["check", "config", "prometheus.yml"],
+        ["check", "config", "../deploy/observability/prometheus.yml"],
         ["check", "rules", "rules/recording.yml", "rules/alerts.yml"],
         ["test", "rules", "rules/tests/alerts.yml"],
     ],
