@@ -171,7 +171,13 @@ def test_the_scheduler_decides_without_trio_http_and_log(module: str) -> None:
         assert not FOREIGN_IMPORTS[reached] & {"trio", "httpx", "structlog"}, reached
 
 
-@pytest.mark.parametrize("module", ["certificates", "errors", "events", "priority", "body", "routes", "request"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        *("certificates", "errors", "events", "priority", "body", "routes", "request"),
+        *("demo.scenarios", "demo.replay", "demo.watch", "demo.lines", "demo.page", "demo.summary"),
+    ],
+)
 def test_what_only_reads_and_tells_is_pure(module: str) -> None:
     assert not FOREIGN_IMPORTS[module] & {"trio", "httpx", "structlog", "quart", "quart_trio", "hypercorn"}
 

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from trioproxy import __version__, config
 from trioproxy.app import create_app
 from trioproxy.config import ConfigError, KeySettings, Settings
-from trioproxy.demo import show
+from trioproxy.demo import scenarios, show
 from trioproxy.keys import digest, new_key
 from trioproxy.observe import logs
 from trioproxy.reload import ControlSocket, Reloader, ask
@@ -77,7 +77,9 @@ def check_config(file: Path) -> None:
     click.echo(yaml.safe_dump(config.describe(settings), sort_keys=False), nl=False)
 
 
-@main.command()
+@main.command(
+    epilog="\b\nScenarios:\n" + "\n".join(f"  {each.name:<9}{each.about}" for each in scenarios.SCENARIOS.values())
+)
 @click.option(
     "--bind",
     multiple=True,
@@ -95,9 +97,32 @@ def check_config(file: Path) -> None:
 )
 @click.option("--duration", type=float, metavar="SECONDS", help="How long to run.  [default: until Ctrl-C]")
 @click.option("--seed", type=int, metavar="N", help="Let the clients arrive as in every run with this number.")
-def demo(bind: tuple[str, ...], log_file: Path, duration: float | None, seed: int | None) -> None:
-    """Show queueing, priority and eviction live, with a simulated upstream and simulated clients: no key needed."""
-    sys.exit(show.run(bind, log_file, duration, seed))
+@click.option(
+    "--scenario",
+    type=click.Choice(tuple(scenarios.SCENARIOS)),
+    default=scenarios.DEFAULT,
+    show_default=True,
+    help="What is played; see below.",
+)
+@click.option(
+    "--speed",
+    type=float,
+    default=1.0,
+    show_default=True,
+    metavar="FACTOR",
+    help=f"How fast the simulated world runs, {scenarios.SPEED_MIN:g} to {scenarios.SPEED_MAX:g}: arrivals, the "
+    "upstream's times and all timeouts together.  The times shown are real ones, and so are --duration and the time "
+    "after which refused clients come back, a second at least.",
+)
+def demo(
+    bind: tuple[str, ...], log_file: Path, duration: float | None, seed: int | None, scenario: str, speed: float
+) -> None:
+    """Show queueing, priority and eviction live, with a simulated upstream and simulated clients: no key needed.
+
+    On a terminal a live page, elsewhere plain lines, and a summary at the end. Ctrl-C ends it.
+    """
+    options = show.Options(bind=bind, log_file=log_file, duration=duration, seed=seed, scenario=scenario, speed=speed)
+    sys.exit(show.run(options))
 
 
 @main.command()

@@ -4,7 +4,7 @@ import base64
 import json
 import struct
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import openai
 import pytest
 import trio
+import trio_websocket
 from openai.types import Completion, CreateEmbeddingResponse, ModerationCreateResponse, ModerationTextInputParam
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionUserMessageParam
 from openai.types.responses import Response, ResponseStreamEvent
@@ -274,6 +275,7 @@ async def test_headers(stage: Stage) -> None:
         ("POST", "/v1//models", b"", 404),
         ("GET", "/v1/chat/completions", b"", 404),
         ("GET", "/", b"", 404),
+        ("GET", "/v1/realtime", b"", 404),
         ("POST", "/v1/chat/completions", b"", 400),
         ("POST", "/v1/chat/completions", b"{no json", 400),
         ("POST", "/v1/chat/completions", b'{"model": "\xff"}', 400),
@@ -363,6 +365,37 @@ async def test_error_rate() -> None:
         assert 10 <= failed <= 30
 
 
+async def test_break_rate() -> None:
+    async with staged(replace(FAST, break_rate=0.5, seed=1)) as stage:
+        for number in range(40):
+            with suppress(openai.APIConnectionError):
+                if number % 2:
+                    await stage.chat()
+                    continue
+                stream = await stage.client.chat.completions.create(model="gpt-sim", messages=HELLO, stream=True)
+                assert [chunk async for chunk in stream][-1].choices[0].finish_reason == "stop"
+        assert 10 <= stage.upstream.broken <= 30
+        assert stage.upstream.completed == 40 - stage.upstream.broken
+
+
+async def test_hang_rate() -> None:
+    async with staged(replace(FAST, hang_rate=0.5, seed=1)) as stage, trio.open_nursery() as nursery:
+        for _ in range(40):
+            nursery.start_soon(stage.chat)
+        await until(lambda: stage.upstream.received == 40)
+        await until(lambda: stage.upstream.completed + stage.upstream.running == 40)
+        assert 10 <= stage.upstream.running <= 30
+        nursery.cancel_scope.cancel()
+
+
+async def test_troubles_are_apart_from_each_other() -> None:
+    async with staged(replace(FAST, error_rate=0.5, break_rate=0.5)) as stage:
+        for _ in range(20):
+            with pytest.raises((openai.InternalServerError, openai.APIConnectionError)):
+                await stage.chat()
+        assert 1 <= stage.upstream.broken <= 19
+
+
 async def test_same_seed_same_run() -> None:
     ids = []
     for _ in range(2):
@@ -372,11 +405,25 @@ async def test_same_seed_same_run() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"jitter": 2}, {"tokens_per_second": 0}, {"tokens": -1}, {"slots": -1}, {"time_to_first_token": -0.1}]
+    "wrong",
+    [
+        {"jitter": 2},
+        {"tokens_per_second": 0},
+        {"tokens": -1},
+        {"slots": -1},
+        {"time_to_first_token": -0.1},
+        {"break_rate": 2},
+        {"hang_rate": -1},
+    ],
 )
 def test_impossible_options(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         UpstreamOptions(**wrong)  # type: ignore[arg-type]
+
+
+def test_more_trouble_than_there_are_generations() -> None:
+    with pytest.raises(ValueError, match=r"error_rate, break_rate and hang_rate must not exceed 1 together.*1\.2"):
+        UpstreamOptions(error_rate=0.5, break_rate=0.5, hang_rate=0.2)
 
 
 # --- trouble on demand ------------------------------------------------------------------------------------------------
@@ -493,6 +540,31 @@ async def test_hang_holds_its_slot_until_the_client_leaves(stage: Stage) -> None
     assert stage.upstream.running == 0
     assert stage.upstream.peak == 1
     assert stage.upstream.completed == 0
+
+
+# --- WebSockets -------------------------------------------------------------------------------------------------------
+
+
+async def test_a_websocket_sends_everything_back(stage: Stage) -> None:
+    url = stage.base_url.replace("http", "ws") + "/realtime?model=gpt-sim"
+    async with trio_websocket.open_websocket_url(url) as socket:
+        for message in ("text", b"bytes\x00", "{}"):
+            await socket.send_message(message)
+            assert await socket.get_message() == message
+
+
+@pytest.mark.parametrize("path", ["/v1/nonsense", "/v1/models"])
+async def test_elsewhere_there_is_no_websocket(stage: Stage, path: str) -> None:
+    handshake = {"connection": "upgrade, close", "upgrade": "websocket", "sec-websocket-version": "13"}
+    key = {"sec-websocket-key": "dGhlIHNhbXBsZSBub25jZQ=="}
+    head, body = await stage.exchange("GET", path, b"", **handshake, **key)
+    assert head.startswith(b"HTTP/1.1 404 ")
+    assert json.loads(body)["error"] == {
+        "message": f"Invalid URL (GET {path})",
+        "type": "invalid_request_error",
+        "param": None,
+        "code": None,
+    }
 
 
 # --- the books --------------------------------------------------------------------------------------------------------

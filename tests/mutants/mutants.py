@@ -1107,6 +1107,42 @@ MUTANTS: Final = (
         'return name.lower() in (b"sec-websocket-key", b"sec-websocket-version", b"sec-websocket-protocol")',
         REQUEST,
     ),
+    # -- What the demo shows --
+    Mutant(
+        "first come, first served is compared with one place more than there is",
+        "demo/replay.py",
+        "elif len(waiting) < rules.places:",
+        "elif len(waiting) <= rules.places:",
+        ("demo/test_replay.py",),
+    ),
+    Mutant(
+        "evicted requests have not waited",
+        "demo/watch.py",
+        "counts.waits.add(event.queue_seconds or 0.0)",
+        "pass",
+        ("demo/test_watch.py",),
+    ),
+    Mutant(
+        "the page is drawn on a terminal that it has left",
+        "demo/screen.py",
+        "if self._ended:",
+        "if False:",
+        ("demo/test_screen.py",),
+    ),
+    Mutant(
+        "a paused terminal pauses the proxy",
+        "demo/show.py",
+        "await trio.to_thread.run_sync(output.show, view, abandon_on_cancel=True)",
+        "output.show(view)",
+        ("demo/test_demo_on_a_terminal.py",),
+    ),
+    Mutant(
+        "a faster world has the slow one's queue timeout",
+        "demo/scenarios.py",
+        "queue_timeout=self.queue_timeout / speed,",
+        "",
+        ("demo/test_scenarios.py",),
+    ),
 )
 
 

@@ -12,8 +12,9 @@ client is just a client.
 
 It answers `POST` to chat/completions, completions, responses (all three streamed or not), embeddings, moderations and
 audio/transcriptions (these six are *generations*); `POST` responses/ID/cancel; `GET` models and models/NAME; `POST` and
-`GET` files, `DELETE` files/ID; all below /v1/. Everything else is 404. Bodies are judged only as far as an answer
-depends on them; there is always one choice, and it says the same words every time.
+`GET` files, `DELETE` files/ID; all below /v1/. A WebSocket at /v1/realtime sends every message back. Everything else is
+404. Bodies are judged only as far as an answer depends on them; there is always one choice, and it says the same words
+every time.
 
 A request can ask for trouble with these headers, on every path. Unknown, repeated or unusable ones are answered 400.
 

@@ -14,10 +14,11 @@ from typing import NamedTuple, TypeVar
 import msgspec
 import trio
 from msgspec import UNSET
-from quart import request
+from quart import has_request_context, request, websocket
 from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioResponse
 from werkzeug.exceptions import HTTPException
+from werkzeug.routing import WebsocketMismatch
 
 from trioproxy.demo import upstream_shapes as shapes
 from trioproxy.demo.upstream_options import UpstreamOptions, read_controls
@@ -113,6 +114,7 @@ class Endpoints:
         """Makes `app` answer with these endpoints."""
         for method, path, handler, _ in self.routes():
             app.add_url_rule(path, f"{method} {path}", handler, methods=[method])
+        app.add_websocket("/v1/realtime", "WEBSOCKET /v1/realtime", self.echo)
         self._generating = frozenset(f"{route.method} {route.path}" for route in self.routes() if route.generates)
         app.before_request(self._obey_controls)
         app.after_request(self._finish)
@@ -211,6 +213,11 @@ class Endpoints:
             raise ApiError(404, f"No such File object: {file_id}")
         return _json({"id": file_id, "object": "file", "deleted": True})
 
+    async def echo(self) -> None:
+        """A WebSocket at `/v1/realtime`: every message comes back as it is."""
+        while True:
+            await websocket.send(await websocket.receive())
+
     async def _obey_controls(self) -> None:
         """Before every endpoint, unknown ones too: does what does not depend on the answer."""
         exchange = current_exchange.get()
@@ -230,8 +237,18 @@ class Endpoints:
             await trio.sleep(controls.latency)
         if controls.status is not UNSET:
             raise ApiError(controls.status)
-        if generates and self._random.random() < self._options.error_rate:
+        if generates:
+            await self._try_luck(exchange)
+
+    async def _try_luck(self, exchange: Exchange) -> None:
+        """Lets a generation fail, hang or break off as often as the options say."""
+        luck = self._random.random()
+        if luck < (bound := self._options.error_rate):
             raise ApiError(500)
+        if luck < (bound := bound + self._options.hang_rate):
+            await trio.sleep_forever()
+        if luck < bound + self._options.break_rate and exchange.controls.break_ is UNSET:
+            exchange.controls = msgspec.structs.replace(exchange.controls, break_=max(self._options.tokens // 2, 1))
 
     def _take_slot(self) -> None:
         slots = self._options.slots
@@ -365,6 +382,7 @@ async def _answer_api_error(error: ApiError) -> TrioResponse:
 
 
 async def _answer_http_exception(error: HTTPException) -> TrioResponse:
-    if error.code in (404, 405):
-        return ApiError(404, f"Invalid URL ({request.method} {request.path})").response()
+    if error.code in (404, 405) or isinstance(error, WebsocketMismatch):
+        asked = request if has_request_context() else websocket
+        return ApiError(404, f"Invalid URL ({asked.method} {asked.path})").response()
     return ApiError(error.code or 500, error.description).response()

@@ -19,6 +19,8 @@ _BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("jitter", 0, 1),
     ("slots", 0, 1_000_000),
     ("error_rate", 0, 1),
+    ("break_rate", 0, 1),
+    ("hang_rate", 0, 1),
 )
 
 
@@ -48,6 +50,12 @@ class UpstreamOptions:
     error_rate: float = 0
     """Share of the generations, from 0 to 1, that are answered 500, chosen at random (default 0)."""
 
+    break_rate: float = 0
+    """Share of the generations that are broken off in the middle (default 0)."""
+
+    hang_rate: float = 0
+    """Share of the generations that are never answered (default 0). The three shares together must not exceed 1."""
+
     models: tuple[str, ...] = ("gpt-sim", "gpt-sim-mini", "text-embedding-sim")
     """What `GET /v1/models` lists; generations accept any other name too."""
 
@@ -59,6 +67,10 @@ class UpstreamOptions:
             value = getattr(self, name)
             if value is not None and not lowest <= value <= highest:
                 raise ValueError(f"{name} must be from {lowest:g} to {highest:g}, not {value!r}")
+        if (troubled := self.error_rate + self.break_rate + self.hang_rate) > 1:
+            raise ValueError(
+                f"error_rate, break_rate and hang_rate must not exceed 1 together, but come to {troubled:g}"
+            )
 
 
 class Controls(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename=lambda name: CONTROL_PREFIX + name):
