@@ -52,6 +52,21 @@ def tests(session: nox.Session) -> None:
     run_tests(session)
 
 
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation, as a site in `build/docs`; what Sphinx warns of is an error. Writes the reference anew."""
+    session.install("-e", ".", *group("docs"))
+    session.run("python", "docs/make_reference.py")
+    session.run("sphinx-build", "-E", "-q", "-W", "--keep-going", "-n", "-b", "html", "docs", "build/docs")
+
+
+@nox.session
+def clients(session: nox.Session) -> None:
+    """The how-tos for clients that the other tests do not have: LangChain, LiteLLM."""
+    session.install("-e", ".", *group("clients"))
+    session.run("pytest", "docs/tests", *session.posargs)
+
+
 def prometheus(session: nox.Session) -> str:
     """The search path with `prometheus` and `promtool` on it: the machine's, else Debian's, unpacked only."""
     if shutil.which("prometheus") and shutil.which("promtool"):

@@ -167,7 +167,7 @@ class KeySettings(_Section):
 
 
 class LoggingSettings(_Section):
-    """``logging``: what is logged, how, and where besides the standard error stream."""
+    """``logging``: what is logged, how, and where besides standard output."""
 
     level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(values.level)] = "info"
     """The least severe level that is logged."""

@@ -316,10 +316,9 @@ def globs(value: object) -> tuple[str, ...] | None:
     if value is None:
         return None
     given = tuple(value) if isinstance(value, list | tuple) else (value,)
-    wrong = [f"{shown(glob)} {_glob_complaint(glob)}" for glob in given if _glob_complaint(glob)]
-    if wrong or not given:
-        complaint = ", ".join(wrong) or "there is none (leave it out to allow all)"
-        raise ValueError(f"must be a list of at least one model's name, in which * stands for anything: {complaint}")
+    if not given or any(map(_glob_complaint, given)):
+        accepted = "a list of models' names without blanks, in which * stands for anything (leave it out to allow all)"
+        raise unlike(accepted, value)
     return tuple(map(str, given))
 
 
