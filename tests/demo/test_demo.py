@@ -87,7 +87,7 @@ def test_it_shows_evictions_leaves_a_log_and_ends_by_itself(tmp_path: Path, monk
     assert re.search(r"^ +(evicted +.*[0-9]+ very_low by|rejected +[0-9]+) ", output, re.M)
     assert "yours      1 critical got a slot after" in output
     assert [row[0] for row in words(output) if row and row[0] in LEVELS] == 2 * list(LEVELS[::-1])
-    assert re.search(r"^Half of the critical ones waited up to 0\.\d\d s", output, re.M)
+    assert re.search(r"^Half of the critical ones waited up to \d\.\d\d s", output, re.M)
     lines = [json.loads(line) for line in demo.log_file.read_text().splitlines()]
     assert {"request evicted", "request completed", "request passed through", "stopped"} <= {
         line["event"] for line in lines
