@@ -24,7 +24,7 @@ END: Final = "<!-- end of the figures -->\n"
 QUICK: Final = (
     ("What relaying costs", "relay.py", "--rounds", "5"),
     ("What it adds to the time of an answer", "latency.py", "--rounds", "5"),
-    ("What waiting costs, and the start", "waiting.py", "--waiting", "2000", "10000"),
+    ("What waiting costs, and the start", "waiting.py", "--waiting", "2000", "9900"),
     ("What deciding costs", "deciding.py"),
     ("Urgent requests under overload", "urgent.py"),
 )
