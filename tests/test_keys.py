@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
@@ -19,7 +20,7 @@ from builders import head
 from memory import House
 from support import Upstream, running_proxy
 from trioproxy import request
-from trioproxy.body import Reading, read_form
+from trioproxy.body import Reading, names_one_model, read_form
 from trioproxy.config import KeySettings, SchedulerSettings
 from trioproxy.errors import INVALID_API_KEY, MODEL_NOT_ALLOWED, PRIORITY_NOT_ALLOWED, ProxyError
 from trioproxy.keys import PREFIX, KeyRing, check_model, digest, new_key, queried_model
@@ -52,6 +53,8 @@ RING = KeyRing(
         ([("authorization", "bearer  sk-batch ")], [], "batch"),
         ([("Authorization", "BEARER sk-new")], [], "new"),
         ([("api-key", "sk-web")], [], "web"),
+        ([("Authorization", ""), ("api-key", "sk-web")], [], "web"),
+        ([("Authorization", "Basic dTpw"), ("api-key", "sk-web")], [], "web"),
         ([("X-Api-Key", " sk-web")], [], "web"),
         ([("Authorization", "Bearer sk-web"), ("x-api-key", "sk-web")], [], "web"),
         ([], ["realtime", "openai-insecure-api-key.sk-web"], "web"),
@@ -69,10 +72,11 @@ def test_a_key_is_known_wherever_clients_put_it(
     ("fields", "said"),
     [
         ([], "has no API key"),
-        ([("Authorization", "")], "not one of"),
-        ([("Authorization", "Bearer")], "not one of"),
-        ([("Authorization", "sk-web")], "not one of"),
-        ([("Authorization", "Basic sk-web")], "not one of"),
+        ([("Authorization", "")], "has no API key"),
+        ([("Authorization", "Bearer")], "has no API key"),
+        ([("Authorization", "sk-web")], "has no API key"),
+        ([("Authorization", "Basic sk-web")], "has no API key"),
+        ([("api-key", "")], "has no API key"),
         ([("Authorization", "Bearer sk-WEB")], "not one of"),
         ([("Authorization", "Bearer sk-we")], "not one of"),
         ([("Authorization", "Bearer sk-web sk-web")], "not one of"),
@@ -135,8 +139,9 @@ def test_models(models: list[str] | None, model: str | None, allowed: bool) -> N
     ("query", "model"),
     [("", None), ("model=a", "a"), ("x=1&model=a%20b", "a b"), ("model=a&model=b", None), ("model=", None)],
 )
-def test_the_model_of_a_websocket_is_in_its_query(query: str, model: str | None) -> None:
+def test_the_model_of_a_realtime_session_is_in_its_query(query: str, model: str | None) -> None:
     assert queried_model(head(f"/v1/realtime?{query}")) == model
+    assert queried_model(head(f"/v1/responses?{query}")) is None
 
 
 def form(*fields: tuple[str, bytes]) -> bytes:
@@ -174,6 +179,41 @@ def test_the_model_of_a_form_is_one_of_its_fields(content: bytes, model: str | N
 )
 def test_the_boundary_of_a_form(content_type: str, boundary: bytes | None) -> None:
     assert request.form_boundary(head(headers=[("Content-Type", content_type)])) == boundary
+
+
+@pytest.mark.parametrize(
+    ("content", "one"),
+    [
+        (b'{"model": "a"}', True),
+        (b'{"model": "a", "tools": [{"model": "b"}], "n": 12345678901}', True),
+        (b'{"x": "\\u00e4", "model": "a"}', True),
+        (b'{"x": "say \\"model\\"", "model": "a"}', True),
+        (b'{"model": "a", "model": "a"}', False),
+        (b'{"model": "a", "Model": "b"}', False),
+        (b'{"m\\u006fdel": "a", "model": "b"}', False),
+        (b'{"model": "a", "model": ' + b"[" * 100_000, False),
+    ],
+)
+def test_whether_every_reader_finds_the_same_model(content: bytes, one: bool) -> None:
+    assert names_one_model(content) == one
+
+
+PART = b'--xx\r\nContent-Disposition: form-data; name="a"\r\n\r\n\r\n'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        form(("model", b"a"))[:-8] + PART * 1001 + b"--xx--\r\n",
+        b"--xx\r\n" + b"A: b\r\n" * 100_000 + form(("model", b"a")),
+        form(("model", b"a" * 200_000)),
+    ],
+    ids=["parts", "head", "model"],
+)
+def test_a_form_that_takes_long_to_read_is_not_read(content: bytes) -> None:
+    started = time.process_time()
+    assert read_form(content, b"xx") is None
+    assert time.process_time() - started < 0.5
 
 
 LIMITS = SchedulerSettings.model_validate(
@@ -266,6 +306,8 @@ async def test_models_and_priorities_are_judged(autojump_clock: MockClock, house
     for fields, body, code in (
         (audio, b'{"model": "gpt-5"}', "model_not_allowed"),
         (audio, b"{}", "model_not_allowed"),
+        (audio, b'{"model": "gpt-5", "model": "whisper-1"}', "model_not_allowed"),
+        (audio, b'{"model": "whisper-1", "Model": "gpt-5"}', "model_not_allowed"),
         (multipart, form(("model", b"gpt-5")), "model_not_allowed"),
         (multipart, form(("file", b"abc")), "model_not_allowed"),
         ([*BATCH, ("X-Priority", "high")], b"{}", "priority_not_allowed"),
@@ -404,6 +446,7 @@ async def test_names_are_in_the_log_and_in_metrics_and_keys_are_not(upstream: Up
         ("/v1/realtime?model=gpt-realtime", ["Authorization: Bearer sk-audio"], "model_not_allowed"),
         ("/v1/realtime?model=whisper-live", ["Authorization: Bearer sk-audio"], None),
         ("/v1/realtime", ["Sec-WebSocket-Protocol: realtime, openai-insecure-api-key.sk-web"], None),
+        ("/v1/realtime", ["x-api-key: sk-web"], None),
     ],
 )
 async def test_websockets_need_a_key_too_and_do_not_pass_it_on(
@@ -418,6 +461,7 @@ async def test_websockets_need_a_key_too_and_do_not_pass_it_on(
             call = await upstream.call()
             assert call.header("authorization") == "Bearer sk-upstream"
             assert call.header("sec-websocket-protocol") in (None, "realtime")
+            assert "sk-web" not in str(call.headers)
             await call.answer(b'{"code": "theirs"}', 426)
         with trio.fail_after(5):
             answer = await stream.receive_some()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import stat
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from io import StringIO
@@ -105,6 +108,36 @@ async def test_who_waits_does_so_for_as_long_as_it_was_told(
     await call.answer()
 
 
+async def test_slots_and_what_keys_may_have_of_them_change_in_one_step(
+    autojump_clock: MockClock, house: Callable[..., House]
+) -> None:
+    fields = [("Authorization", "Bearer sk-a")]
+    key = {"name": "a", "key": "sk-a"}
+    h = house(scheduler={"concurrency": 1}, keys=[key])
+    clients = [h.send(headers=fields) for _ in range(3)]
+    await h.upstream.call()
+    h.proxy.reconfigure(settings(scheduler={"concurrency": 4}, keys=[key | {"max_concurrency": 1}]))
+    assert h.proxy.scheduler.running == 1
+    h.proxy.reconfigure(settings(scheduler={"concurrency": 1}, keys=[key]))
+    assert h.proxy.scheduler.running == 1
+    for call in range(3):
+        await h.upstream.calls[call].answer()
+        await trio.testing.wait_all_tasks_blocked()
+    for client in clients:
+        await client.answer.done.wait()
+    h.assert_settled()
+
+
+async def test_the_places_alone_and_those_of_websockets(autojump_clock: MockClock, house: Callable[..., House]) -> None:
+    h = house(scheduler={"concurrency": 1})
+    h.proxy.reconfigure(settings(scheduler={"concurrency": 1, "max_queue": 0}, server={"max_websockets": 3}))
+    h.send()
+    call = await h.upstream.call()
+    assert (await h.client().post()).code == "queue_full"
+    assert h.proxy.websockets.limit == 3
+    await call.answer()
+
+
 # Reading, judging, committing
 
 
@@ -127,6 +160,40 @@ async def test_a_bad_file_changes_nothing_and_says_why(upstream: Upstream) -> No
         before = server.settings
         assert await reloader.reload() == Outcome(error="scheduler.concurrency: must be")
         assert server.settings is before
+
+
+async def test_whoever_needed_a_key_needs_one_until_a_restart(upstream: Upstream) -> None:
+    async with reloading(upstream, [settings(keys=[{"name": "web", "key": "x"}]), settings()]) as (server, reloader):
+        assert (await reloader.reload()).error is None
+        assert "anyone could use the proxy" in str((await reloader.reload()).error)
+        assert [key.name for key in server.settings.keys] == ["web"]
+
+
+async def test_another_order_of_patterns_is_a_change(upstream: Upstream) -> None:
+    wanted = [settings(scheduler={"model_priorities": order}) for order in ({"a*": 1, "*": 2}, {"*": 2, "a*": 1})]
+    async with reloading(upstream, [*wanted]) as (_, reloader):
+        for _ in wanted:
+            assert "scheduler.model_priorities" in (await reloader.reload()).changed
+
+
+async def test_how_long_new_connections_may_be_idle(upstream: Upstream) -> None:
+    async with reloading(upstream, []) as (server, reloader):
+        limits = server.settings.server.model_copy(update={"keep_alive_timeout": 0.2})
+        reloader._read = lambda: server.settings.model_copy(update={"server": limits})
+        assert (await reloader.reload()).changed == ("server.keep_alive_timeout",)
+        stream = await trio.open_tcp_stream(*server._sockets[0].getsockname())
+        async with stream:
+            await stream.send_all(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            with trio.fail_after(5):
+                while await stream.receive_some():
+                    pass
+
+
+async def test_when_it_no_longer_listens_a_reload_says_what_it_did(upstream: Upstream) -> None:
+    async with reloading(upstream, [settings(scheduler={"default_priority": 3})]) as (server, reloader):
+        pass
+    assert (await reloader.reload()).error is None
+    assert server.settings.scheduler.default_priority == 3
 
 
 def changed(key: str, before: Settings) -> Settings:
@@ -281,6 +348,58 @@ async def test_a_signal_reloads_and_the_log_says_what_came_of_it(upstream: Upstr
         process.signal(signal.SIGTERM)
         assert await process.end() == 0
     assert b"sk-web" not in process.output
+
+
+async def test_a_file_that_cannot_be_read_to_its_end_keeps_no_signal_waiting(
+    upstream: Upstream, tmp_path: Path
+) -> None:
+    path = tmp_path / "proxy.yaml"
+    path.write_text(f"upstream: {{base_url: '{upstream.url}'}}\n")
+    async with serving(path) as process:
+        path.unlink()
+        os.mkfifo(path)
+        process.signal(signal.SIGHUP)
+        await trio.sleep(0.3)
+        process.signal(signal.SIGTERM)
+        assert await process.end() == 0
+
+
+async def test_the_command_reload_needs_no_secret_of_the_proxys_environment(upstream: Upstream, tmp_path: Path) -> None:
+    path, control = tmp_path / "proxy.yaml", tmp_path / "control.sock"
+    path.write_text(
+        f"server: {{control_socket: '{control}'}}\n"
+        f"upstream:\n  base_url: '{upstream.url}'\n  api_key: ${{UPSTREAM_KEY}}\n"
+    )
+    variables = {"UPSTREAM_KEY": "sk-x"}
+    async with running(*SERVE, "--config", str(path), variables=variables) as process:
+        await process.line("listening")
+        assert await run(*RELOAD, "--config", str(path)) == (0, "changed: nothing\n")
+        process.signal(signal.SIGTERM)
+        assert await process.end() == 0
+
+
+async def test_the_end_of_its_terminal_is_its_end_behind_a_pipe_too(upstream: Upstream, tmp_path: Path) -> None:
+    """`trioproxy serve 2>&1 | tee -a proxy.log`, and then the terminal is closed."""
+    primary, secondary = os.openpty()
+    process = subprocess.Popen(  # noqa: ASYNC220 - it takes no time
+        [sys.executable, *SERVE, "--upstream", upstream.url],
+        stdin=secondary,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        os.close(secondary)
+        assert process.stdout is not None
+        while b'"listening"' not in await trio.to_thread.run_sync(process.stdout.readline):
+            pass
+        os.close(primary)
+        process.send_signal(signal.SIGHUP)
+        with trio.fail_after(10):
+            assert await trio.to_thread.run_sync(process.wait, abandon_on_cancel=True) == 0
+    finally:
+        process.kill()
+        process.communicate()
 
 
 async def test_the_command_reload(tmp_path: Path) -> None:

@@ -85,10 +85,11 @@ class Proxy:
         self.websockets.limit = settings.server.max_websockets
         self.scheduler.queue_timeout = limits.queue_timeout
         self.metrics.queue_timeout_changed(limits.queue_timeout)
-        if (limits.concurrency, limits.max_queue) != (before.concurrency, before.max_queue):
-            self.scheduler.resize(concurrency=limits.concurrency, max_queue=limits.max_queue)
         self.metrics.name_keys(key.name for key in settings.keys)
-        self.scheduler.set_shares(_shares(settings))
+        if (limits.concurrency, limits.max_queue) != (before.concurrency, before.max_queue):
+            self.scheduler.resize(concurrency=limits.concurrency, max_queue=limits.max_queue, shares=_shares(settings))
+        else:
+            self.scheduler.set_shares(_shares(settings))
 
     async def relay(self, exchange: Exchange) -> Relay | Response:
         """What to do about a request under `/v1/`: hand it over, or say what is wrong with it."""
@@ -204,6 +205,8 @@ class Proxy:
         reading = self._read(exchange, content, key)
         if not in_time.cancelled_caught:
             check_model(key, reading.model)
+            if key is not None and key.models is not None and reading.model is not None:
+                self._check_one_model(exchange, content, key)
         facts = ScheduledRequest(
             request_id=head.request_id,
             method=head.method,
@@ -217,6 +220,11 @@ class Proxy:
             deadline=deadline,
         )
         return self._relay(exchange, facts, reading.forwarded)
+
+    def _check_one_model(self, exchange: Exchange, content: bytes, key: KeySettings) -> None:
+        """What was judged must be what the upstream reads, whichever of several it takes."""
+        if request.form_boundary(exchange.head) is None and not body.names_one_model(content):
+            check_model(key, None)
 
     def _read(self, exchange: Exchange, content: bytes, key: KeySettings | None) -> body.Reading:
         """What the body says; of a form, which takes long to read, only what somebody needs to know."""

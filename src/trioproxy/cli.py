@@ -132,7 +132,7 @@ def reload(config_file: Path | None, path: Path | None) -> None:
     """Let the running proxy read its configuration again. If something is wrong with it, nothing is changed."""
     if path is None:
         try:
-            path = config.load(config_file).server.control_socket
+            path = config.control_socket(config_file)
         except ConfigError as error:
             click.echo(f"nothing was changed:\n{error}", err=True)
             sys.exit(EXIT_UNUSABLE_CONFIGURATION)
@@ -220,15 +220,15 @@ def _serve(settings: Settings, writer: logs.Writer, read: Callable[[], Settings]
 
 
 async def _until_signalled(server: Server, reloader: Reloader, control: ControlSocket | None) -> None:
-    on_terminal = os.isatty(1)
+    terminals = _terminals()
     async with trio.open_nursery() as nursery:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
 
             async def listen_for_signals() -> None:
                 async for received in signals:
                     # Whose terminal was closed gets a SIGHUP too.
-                    if received == signal.SIGHUP and os.isatty(1) == on_terminal:
-                        await reloader.reload()
+                    if received == signal.SIGHUP and _terminals() == terminals:
+                        nursery.start_soon(reloader.reload)  # a file may take long to read; other signals must not
                     else:
                         server.shut_down()
 
@@ -237,3 +237,8 @@ async def _until_signalled(server: Server, reloader: Reloader, control: ControlS
                 nursery.start_soon(control.serve, reloader)
             await server.run()
             nursery.cancel_scope.cancel()
+
+
+def _terminals() -> list[int]:
+    """Which of the standard streams are a terminal that is still there; behind a pipe, standard input alone."""
+    return [stream for stream in (0, 1, 2) if os.isatty(stream)]

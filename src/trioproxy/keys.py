@@ -75,9 +75,11 @@ def _credentials(head: Head, subprotocols: Iterable[str]) -> Iterator[bytes]:
         lower = name.lower()
         if lower == b"authorization":
             scheme, _, token = value.strip().partition(b" ")
-            yield token.strip() if scheme.lower() == b"bearer" else b""
-        elif lower in OTHER_CREDENTIALS:
-            yield value.strip()
+            found = token.strip() if scheme.lower() == b"bearer" else b""
+        else:
+            found = value.strip() if lower in OTHER_CREDENTIALS else b""
+        if found:
+            yield found
     for subprotocol in subprotocols:
         if subprotocol.startswith(KEY_SUBPROTOCOL):
             yield subprotocol.removeprefix(KEY_SUBPROTOCOL).encode()
@@ -90,11 +92,16 @@ def check_model(key: KeySettings | None, model: str | None) -> None:
     """
     if key is None or key.models is None or any(fnmatchcase(model or "", glob) for glob in key.models):
         return
-    shown = "a request that names no model" if model is None else f"the model {model!r}"
+    shown = "a request that does not name one model" if model is None else f"the model {model!r}"
     raise ProxyError(errors.MODEL_NOT_ALLOWED, param="model", key=key.name, model=shown, allowed=", ".join(key.models))
 
 
 def queried_model(head: Head) -> str | None:
-    """The model that a WebSocket's handshake names in its query; None if it is not exactly one."""
+    """The model that a realtime session's handshake names in its query; None if it is not exactly one.
+
+    Other WebSockets (`/v1/responses`) name it in their messages, which nobody here reads.
+    """
+    if head.rest.strip(b"/") != b"realtime":
+        return None
     models = parse_qs(head.query.decode("latin-1")).get("model", [])
     return models[0] if len(models) == 1 else None

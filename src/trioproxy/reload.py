@@ -66,7 +66,7 @@ class Reloader:
         """Read, judge, commit. Says in the log what came of it, and never raises."""
         async with self._one_at_a_time:
             try:
-                outcome = self._commit(await trio.to_thread.run_sync(self._read))
+                outcome = self._commit(await trio.to_thread.run_sync(self._read, abandon_on_cancel=True))
             except (ConfigError, OSError) as error:
                 outcome = Outcome(error=str(error))
         if outcome.error is not None:
@@ -76,8 +76,15 @@ class Reloader:
         return outcome
 
     def _commit(self, wanted: Settings) -> Outcome:
-        """Raises OSError, and nothing has changed, if a certificate has become unreadable since it was judged."""
+        """Raises ConfigError or OSError, and nothing has changed, if the proxy cannot go on with these settings: a
+        certificate has become unreadable since it was judged, or nobody would need a key any more.
+        """
         present = self._server.settings
+        if present.keys and not wanted.keys:
+            # A file that is empty, or only half written, looks like this.
+            raise ConfigError(
+                "keys: there are none any more, so anyone could use the proxy: restart it if that is meant"
+            )
         staying = list(NEEDS_RESTART)
         if (wanted.server.tls.cert is None) != (present.server.tls.cert is None):
             staying += _TLS  # clients speak either TLS or not

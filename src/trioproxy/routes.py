@@ -56,7 +56,8 @@ class RouteTable:
     def is_scheduled(self, method: str, rest: bytes) -> bool:
         """Whether a request needs a slot. `rest` is the raw path behind `/v1`, without the query.
 
-        Matched as a server would read it: percent-decoded, without empty segments.
+        Matched as the most lenient server would read it: percent-decoded, without empty segments, in any letter case,
+        with either slash.
         """
         method = method.upper()  # as many servers read it
         if method not in METHODS:
@@ -69,7 +70,7 @@ class RouteTable:
 
 
 def _segments(path: bytes | str) -> tuple[str, ...]:
-    decoded = unquote_to_bytes(path).decode("utf-8", "replace")
+    decoded = unquote_to_bytes(path).decode("utf-8", "replace").replace("\\", "/").lower()
     return tuple(segment for segment in decoded.split("/") if segment)
 
 

@@ -344,6 +344,7 @@ class Server:
         self._tls = self._config.create_ssl_context()
         sockets = self._config.create_sockets()
         self._sockets = sockets.insecure_sockets if self._tls is None else sockets.secure_sockets
+        self._is_reachable = not all(_is_local(sock.getsockname()) for sock in self._sockets)
         self._context = WorkerContext(None)
         self._streams: set[GuardedStream] = set()
         self._activity = Activity()
@@ -413,8 +414,7 @@ class Server:
         connections.cancel_scope.cancel()
 
     def _warn_if_open(self) -> None:
-        reachable = [address for address in (sock.getsockname() for sock in self._sockets) if not _is_local(address)]
-        if reachable and self.settings.upstream.api_key is not None and not self.settings.keys:
+        if self._is_reachable and self.settings.upstream.api_key is not None and not self.settings.keys:
             log.warning(
                 "open to anyone who can connect",
                 meaning="whoever reaches this address may spend the upstream's key: add client keys ('keys' in the "

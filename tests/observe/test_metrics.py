@@ -28,7 +28,7 @@ from trioproxy.events import (
     ScheduledRequest,
     Started,
 )
-from trioproxy.observe.metrics import Metrics
+from trioproxy.observe.metrics import KEYS_MAX, OTHER_KEYS, Metrics
 
 LEVELS = ("very_low", "low", "normal", "high", "critical")
 STATUSES = ("completed", "evicted", "rejected", "timeout", "failed", "cancelled")
@@ -588,3 +588,37 @@ def test_lost_log_lines_are_counted() -> None:
     assert metrics.registry.get_sample_value("openai_proxy_log_lines_dropped_total") == 0
     lost = 3
     assert metrics.registry.get_sample_value("openai_proxy_log_lines_dropped_total") == 3
+
+
+def test_each_client_key_has_series_of_its_own_up_to_a_limit() -> None:
+    scraped = Scraped()
+    names = [f"key{number}" for number in range(KEYS_MAX + 2)]
+    scraped.metrics.name_keys(names)
+    first, last = (scheduled(key=name) for name in (names[0], names[-1]))
+    for request in (first, last):
+        scraped.tell(Queued(request, 0.0))
+    assert scraped("key_queue_size", key=names[0]) == scraped("key_queue_size", key=OTHER_KEYS) == 1
+    for request in (first, last):
+        scraped.tell(Started(request, 1.0, 1.0, was_queued=True))
+    for name in (names[0], OTHER_KEYS):
+        assert (scraped("key_queue_size", key=name), scraped("key_running", key=name)) == (0, 1)
+    for request in (first, last):
+        scraped.tell(Ended(request, 2.0, errors.COMPLETED, 1.0, started=True))
+    for name in (names[0], OTHER_KEYS):
+        assert scraped("key_running", key=name) == 0
+        assert scraped("key_requests_total", key=name, status="completed") == 1
+    assert scraped("key_requests_total", key=names[KEYS_MAX - 1], status="completed") == 0
+    labels = {"pool": "default", "key": names[KEYS_MAX], "status": "completed"}
+    assert scraped.metrics.registry.get_sample_value("openai_proxy_key_requests_total", labels) is None
+
+
+def test_a_request_without_a_key_or_turned_away_leaves_the_keys_gauges_alone() -> None:
+    scraped = Scraped()
+    scraped.metrics.name_keys(["web"])
+    scraped.tell(Queued(scheduled(), 0.0))
+    waits, refused = scheduled(key="web"), scheduled(key="web")
+    scraped.tell(Queued(waits, 0.0), Ended(refused, 0.0, errors.QUEUE_FULL, None, started=False))
+    assert (scraped("key_queue_size", key="web"), scraped("key_running", key="web")) == (1, 0)
+    scraped.tell(Ended(waits, 1.0, errors.EVICTED, 1.0, started=False))
+    assert (scraped("key_queue_size", key="web"), scraped("key_running", key="web")) == (0, 0)
+    assert scraped("key_requests_total", key="web", status="evicted") == 1

@@ -18,7 +18,7 @@ from trioproxy.config.settings import (
     UpstreamSettings,
     describe,
 )
-from trioproxy.config.sources import load
+from trioproxy.config.sources import control_socket, load
 from trioproxy.config.values import ConfigError
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "TlsSettings",
     "UpstreamSettings",
     "changes",
+    "control_socket",
     "describe",
     "load",
     "with_values_of",

@@ -72,9 +72,13 @@ def value_of(settings: Settings, dotted: str) -> object:
     return found
 
 
+def _ordered(value: object) -> object:
+    return tuple(value.items()) if isinstance(value, dict) else value  # the first pattern that fits counts
+
+
 def changes(before: Settings, after: Settings) -> Iterator[str]:
     """The dotted keys of the settings in which two configurations differ; client keys go as ``keys.NAME``."""
-    yield from (dotted for dotted in DOTTED if value_of(before, dotted) != value_of(after, dotted))
+    yield from (dotted for dotted in DOTTED if _ordered(value_of(before, dotted)) != _ordered(value_of(after, dotted)))
     known, wanted = ({key.name: key for key in settings.keys} for settings in (before, after))
     yield from (f"{KEYS}.{name}" for name in sorted(known | wanted) if known.get(name) != wanted.get(name))
 

@@ -130,7 +130,7 @@ class KeySettings(_Section):
     name: Annotated[str, BeforeValidator(values.key_name)]
     """1 to 64 letters, digits and ``.``, ``_``, ``-``: what logs and metrics call the key."""
 
-    key: Annotated[SecretStr | None, BeforeValidator(values.secret)] = None
+    key: Annotated[SecretStr | None, BeforeValidator(values.client_key)] = None
     """The key itself; better ``${NAME}``, or its SHA-256 instead."""
 
     key_sha256: Annotated[str | None, BeforeValidator(values.sha256)] = None
@@ -149,7 +149,8 @@ class KeySettings(_Section):
     """The models that scheduled requests and WebSocket sessions may name, ``*`` stands for anything; None: all."""
 
     max_concurrency: Annotated[int | None, BeforeValidator(values.count_from_one)] = None
-    """Slots, at least 1, that its requests may have at once, others overtake what waits; None: no limit of its own."""
+    """Slots, at least 1, that its requests may have at once; None: no limit of its own. Others overtake what waits, but
+    without `max_queue` what waits may fill the queue."""
 
     max_queue: Annotated[int | None, BeforeValidator(values.count_from_zero)] = None
     """Requests of it that may wait; beyond that they get a 429; None: no limit of its own."""

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from trioproxy.certificates import certificates_complaint, key_complaint
 from trioproxy.config.gathered import DOTTED, KEYS, ONLY_IN_FILE, Gathered, Given, did_you_mean
-from trioproxy.config.settings import Settings
+from trioproxy.config.settings import ServerSettings, Settings
 from trioproxy.config.values import ConfigError, shown
 from trioproxy.config.yaml_file import ConfigFile
 
@@ -142,6 +142,32 @@ def load(
     Without `path`, the file is what ``TRIOPROXY_CONFIG`` names, if anything. `overrides` go by dotted key. Raises
     ConfigError, with every problem of every source at once, and nothing else, whatever the sources contain.
     """
+    gathered = _gather(path, environ, overrides)
+    settings = _validated(gathered)
+    if settings is not None:
+        _check_files(settings, gathered)
+    if settings is not None and not gathered.problems:
+        _check_keys(settings, gathered)
+    if settings is None or gathered.problems:
+        raise ConfigError("\n".join(map(_printable, gathered.problems)))
+    return settings
+
+
+def control_socket(path: Path | str | None = None, environ: Mapping[str, str] = os.environ) -> Path | None:
+    """`server.control_socket` alone, from the same sources.
+
+    Whoever asks the proxy to reload need not have its environment or be able to read its certificates: the rest is
+    judged only if it does not name the socket. Raises ConfigError.
+    """
+    given = _gather(path, environ, None).given.get("server.control_socket")
+    try:
+        known = None if given is None else ServerSettings.model_validate({"control_socket": given.value}).control_socket
+    except ValidationError:
+        known = None
+    return load(path, environ).server.control_socket if known is None else known
+
+
+def _gather(path: Path | str | None, environ: Mapping[str, str], overrides: Mapping[str, object] | None) -> Gathered:
     gathered = Gathered()
     if path is not None:
         _read_file(path, environ, gathered, str(path))
@@ -154,11 +180,4 @@ def load(
             gathered.given[key] = Given(value, "the command line")
         else:
             gathered.complain_unknown(key, "the command line")
-    settings = _validated(gathered)
-    if settings is not None:
-        _check_files(settings, gathered)
-    if settings is not None and not gathered.problems:
-        _check_keys(settings, gathered)
-    if settings is None or gathered.problems:
-        raise ConfigError("\n".join(map(_printable, gathered.problems)))
-    return settings
+    return gathered

@@ -187,6 +187,12 @@ def secret(value: object) -> object:
     return text
 
 
+def client_key(value: object) -> object:
+    if value == "":
+        raise ValueError("must not be empty")
+    return secret(value)
+
+
 def _is_host(host: str) -> bool:
     """Whether this can name a host: an IPv4 address, an IPv6 address without brackets, or a DNS name."""
     try:

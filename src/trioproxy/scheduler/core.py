@@ -161,8 +161,10 @@ class Core:
         self._limit.released(now - started_at, ending)
         return [Ended(request, now, ending, queue_seconds, started=True, progress=progress), *self._start_waiting(now)]
 
-    def resize(self, now: float, max_queue: int | None = None) -> list[SchedulingEvent]:
-        """Take notice of a changed limit and set the queue's places.
+    def resize(
+        self, now: float, max_queue: int | None = None, shares: Mapping[str, ShareLimits] | None = None
+    ) -> list[SchedulingEvent]:
+        """Take notice of a changed limit and set the queue's places; with `shares`, also what client keys may have.
 
         More slots start waiting requests at once. Fewer slots or places drain: nobody who has one loses it.
         ValueError, and nothing changed, if `max_queue` is negative.
@@ -171,13 +173,13 @@ class Core:
             if max_queue < 0:
                 raise ValueError(f"max_queue is {max_queue}: it cannot be negative")
             self._max_queue = max_queue
+        if shares is not None:
+            self._limit_shares(shares)
         return [CapacityChanged(self.pool, now, self._limit.permits, self._max_queue), *self._start_waiting(now)]
 
     def set_shares(self, now: float, limits: Mapping[str, ShareLimits]) -> list[SchedulingEvent]:
         """Limit the client keys named, and no others. Lower limits drain: nobody loses a slot or a place."""
-        self._queue.set_limits(limits)
-        for request in self._running:
-            self._queue.share_of(request).running += 1
+        self._limit_shares(limits)
         return self._start_waiting(now)
 
     def close(self) -> None:
@@ -233,6 +235,11 @@ class Core:
             if self._max_queue and self._queue.lowest_priority() < request.priority:
                 return self.leave(self._queue.youngest_of_lowest(), now, EVICTED)
         return []
+
+    def _limit_shares(self, limits: Mapping[str, ShareLimits]) -> None:
+        self._queue.set_limits(limits)
+        for request in self._running:
+            self._queue.share_of(request).running += 1
 
     def _refusal(self, share: Share) -> Ending:
         """Why there is no place: because of the key alone if it has no place left, or if a slot is free for others."""

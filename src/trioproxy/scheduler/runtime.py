@@ -100,8 +100,16 @@ class Scheduler:
         finally:
             self._present -= 1
 
-    def resize(self, *, concurrency: int | None = None, max_queue: int | None = None) -> None:
-        """Change the pool's capacity: raising starts waiting requests at once, lowering drains.
+    def resize(
+        self,
+        *,
+        concurrency: int | None = None,
+        max_queue: int | None = None,
+        shares: Mapping[str, ShareLimits] | None = None,
+    ) -> None:
+        """Change the pool's capacity, and with it what client keys may have, if `shares` says so (see `set_shares`).
+
+        Raising starts waiting requests at once, lowering drains.
 
         ValueError, and nothing changed, if there would be no slot or fewer than no places.
         """
@@ -109,7 +117,7 @@ class Scheduler:
         if concurrency is not None:
             self._limit.permits = concurrency
         try:
-            events = self._core.resize(trio.current_time(), max_queue)
+            events = self._core.resize(trio.current_time(), max_queue, shares)
         except ValueError:
             self._limit.permits = permits_before
             raise
