@@ -24,7 +24,8 @@ from trioproxy.events import Progress, Started
 from trioproxy.request import upstream_headers
 from trioproxy.scheduler.core import Core
 from trioproxy.scheduler.limits import FixedLimit
-from trioproxy.upstream import Body, Upstream
+from trioproxy.upload import Body
+from trioproxy.upstream import Upstream
 
 CYCLES = 20_000
 CYCLES_PER_SECOND_MIN = 40_000

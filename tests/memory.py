@@ -1,4 +1,4 @@
-"""The proxy without sockets: ASGI messages on one side, memory streams under a real HTTP client on the other.
+"""The proxy without sockets: ASGI messages on one side, memory streams under the real HTTP client on the other.
 
 Everything runs on one clock that a test can let jump (`autojump_clock`), and the sequence of steps is the same each
 time.
@@ -12,8 +12,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-import httpcore
-import httpx
 import trio
 import trio.testing
 from hypercorn.typing import ASGIReceiveEvent, ASGISendEvent, HTTPScope
@@ -22,51 +20,8 @@ from support import Recorder, Upstream
 from trioproxy import upstream as real
 from trioproxy.app import ProxyApp, create_app
 from trioproxy.config import Settings
-from trioproxy.network import Connection
 
 BASE_URL = "http://upstream.test/v1"
-
-
-class MemoryStream(httpcore.AsyncNetworkStream):
-    """One end of a connection in memory, as httpcore wants it."""
-
-    def __init__(self, stream: trio.StapledStream[Any, Any]) -> None:
-        self._stream = stream
-
-    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        try:
-            return bytes(await self._stream.receive_some(max_bytes))
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            raise httpcore.ReadError from error
-
-    async def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        try:
-            with trio.fail_after(float("inf") if timeout is None else timeout):
-                await self._stream.send_all(buffer)
-        except trio.TooSlowError as error:
-            raise httpcore.WriteTimeout from error
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            raise httpcore.WriteError from error
-
-    async def aclose(self) -> None:
-        await self._stream.aclose()
-
-    def get_extra_info(self, info: str) -> object:
-        return False if info == "is_readable" else None
-
-
-class MemoryNetwork(httpcore.AsyncNetworkBackend):
-    """Connections to a scripted upstream that listens nowhere."""
-
-    def __init__(self, nursery: trio.Nursery, upstream: MemoryUpstream) -> None:
-        self._nursery = nursery
-        self._upstream = upstream
-
-    async def connect_tcp(self, *_: object, **__: object) -> MemoryStream:
-        await self._upstream.accept()
-        ours, theirs = self._upstream.new_pair()
-        self._nursery.start_soon(self._upstream.serve_stream, theirs)
-        return MemoryStream(ours)
 
 
 class MemoryUpstream(Upstream):
@@ -87,10 +42,16 @@ class MemoryUpstream(Upstream):
             await trio.sleep_forever()
         await self._connection(stream)
 
-    def connections_to(self, nursery: trio.Nursery) -> Callable[[], Connection]:
-        """What makes connections to this upstream: httpx's own transport on memory streams."""
+    def dial(self, nursery: trio.Nursery) -> Callable[[str, int], Awaitable[trio.abc.Stream]]:
+        """What connects to this upstream."""
 
-        return lambda: Connection(MemoryNetwork(nursery, self), verify=False, limits=httpx.Limits(max_connections=1))
+        async def connect(host: str, port: int) -> trio.abc.Stream:
+            await self.accept()
+            ours, theirs = self.new_pair()
+            nursery.start_soon(self.serve_stream, theirs)
+            return ours
+
+        return connect
 
 
 @dataclass
@@ -198,7 +159,7 @@ class House:
         self.recorder = Recorder()
         calls = real.Upstream(
             parsed.upstream.model_copy(update={"base_url": BASE_URL}),
-            new_connection=self.upstream.connections_to(nursery),
+            dial=self.upstream.dial(nursery),
         )
         self.app = create_app(parsed, (self.recorder,), calls)
         self.proxy = self.app.proxy

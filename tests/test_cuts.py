@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
-import httpcore
 import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
@@ -53,7 +52,7 @@ async def never(call: Call) -> None:
 
 async def refuse() -> None:
     await trio.sleep(1)
-    raise httpcore.ConnectError("refused")
+    raise OSError("refused")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,16 +39,32 @@ ROOMS: dict[str, set[str]] = {
     "scheduler.core": {"events", "errors", "priority", "scheduler.limits", "scheduler.queue"},
     "scheduler.runtime": {"scheduler.core", "scheduler.limits", "scheduler.queue", "events", "errors"},
     "scheduler": {"scheduler.core", "scheduler.limits", "scheduler.queue", "scheduler.runtime"},
-    "network": set(),  # the streams below upstream's calls
-    "upstream": {"config", "errors", "events", "network"},
-    "relay": {"request", "scheduler", "upstream", "errors", "events"},
+    # What upstream's calls are made of, none of which knows of the house.
+    "http1": set(),
+    "sockets": set(),
+    "network": {"sockets"},
+    "upload": set(),
+    "http1_client": {"http1", "network", "upload"},
+    "http1_transport": {"http1", "http1_client", "upload"},
+    "httpcore_client": {"http1", "http1_client", "network", "upload"},
+    "upstream": {
+        "config",
+        "errors",
+        "events",
+        "http1",
+        "http1_client",
+        "httpcore_client",
+        "network",
+        "upload",
+    },
+    "relay": {"request", "scheduler", "upload", "upstream", "errors", "events"},
     "connection": {"relay", "request", "errors"},
     "websocket_upstream": {"upstream", "errors"},
-    "websocket": {"request", "scheduler", "upstream", "websocket_upstream", "errors", "events"},
+    "websocket": {"request", "scheduler", "upload", "upstream", "websocket_upstream", "errors", "events"},
     "websocket_connection": {"connection", "websocket", "websocket_upstream", "request", "errors"},
     "protocols": {"errors", "request"},  # what the server makes of Hypercorn's
     "reload": {"config", "server"},
-    "server": {"config", "app", "connection", "errors", "protocols"},
+    "server": {"config", "app", "connection", "errors", "protocols", "sockets"},
     "observe": {"events", "errors", "priority"},
     "admin": {"scheduler", "observe", "upstream"},  # readiness asks whether the upstream is known to be out
     "cli": {"config", "server", "demo", "simulate", "app", "observe.logs", "keys", "reload"},
@@ -174,7 +190,7 @@ def test_the_scheduler_decides_without_trio_http_and_log(module: str) -> None:
 @pytest.mark.parametrize(
     "module",
     [
-        *("certificates", "errors", "events", "priority", "body", "routes", "request"),
+        *("certificates", "errors", "events", "priority", "body", "routes", "request", "http1"),
         *("demo.scenarios", "demo.replay", "demo.watch", "demo.lines", "demo.page", "demo.summary"),
     ],
 )
@@ -185,4 +201,5 @@ def test_what_only_reads_and_tells_is_pure(module: str) -> None:
 def test_only_the_upstreams_rooms_know_httpx() -> None:
     knowing = {name for name, imported in FOREIGN_IMPORTS.items() if imported & {"httpx", "httpcore"}}
     # The demonstration's traffic is a client of the proxy, as any user's program is, and no part of its way upstream.
-    assert {room_of(name) for name in knowing} - {"demo"} == {"network", "upstream"}
+    rooms = {"http1_client", "http1_transport", "httpcore_client", "network", "upstream"}
+    assert {room_of(name) for name in knowing} - {"demo"} == rooms

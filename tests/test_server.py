@@ -24,6 +24,7 @@ from processes import free_port
 from support import CHUNKED, LAST_CHUNK, Call, Proxy, Upstream, chunk, running_proxy, until
 from trioproxy.events import Ended, Queued, Started
 from trioproxy.observe import logs
+from trioproxy.server import GuardedStream
 
 FOUR_SLOTS = {"concurrency": 4, "max_queue": 100}
 ONE_SLOT = {"concurrency": 1, "max_queue": 100}
@@ -763,3 +764,23 @@ async def keep_checking(proxy: Proxy) -> None:
         assert len(snapshot.running) <= snapshot.permits
         proxy.app.proxy.check_invariants()
         await trio.sleep(0.01)
+
+
+async def test_a_small_answer_leaves_in_one_write(upstream: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Head and body have come together, and go together."""
+    writes: list[bytes] = []
+    send_all = GuardedStream.send_all
+
+    async def counting(stream: GuardedStream, data: bytes) -> None:
+        writes.append(bytes(data))
+        await send_all(stream, data)
+
+    monkeypatch.setattr(GuardedStream, "send_all", counting)
+    async with running_proxy(upstream.url) as proxy, trio.open_nursery() as nursery:
+        nursery.start_soon(upstream.behave, lambda call: call.answer(b"whole"))
+        post, get = proxy.client.post, proxy.client.get
+        for send in (post(CHAT, content=b"{}"), get("/v1/models"), get("/health")):
+            assert (await send).status_code == 200
+            assert len(writes) == 1
+            writes.clear()
+        nursery.cancel_scope.cancel()

@@ -48,6 +48,8 @@ class Guard(Protocol):
 
     relaying: bool
     """Whether the exchange is going to be counted as a request, however it ends."""
+    more_follows: bool
+    """Whether what is being sent can wait for what is sent next."""
 
     def watch(self, leave: Callable[[], None]) -> None:
         """Call `leave` as soon as the client is seen to have gone, also while nobody reads from it."""
@@ -228,8 +230,16 @@ class Exchange:
         """The pieces of the request's body, as they arrive and are taken."""
         return self.incoming
 
-    async def start(self, status: int, headers: Headers) -> None:
-        """Send the answer's head, all of it or nothing: cut off in between, Hypercorn would not know that it began."""
+    @property
+    def is_watched(self) -> bool:
+        """Whether the client's leaving is seen without asking for it, now that its request has been read."""
+        return self._guard is not None and self.incoming.complete.is_set() and self.head.http_version != "2"
+
+    async def start(self, status: int, headers: Headers, *, more_follows: bool = False) -> None:
+        """Send the answer's head, all of it or nothing: cut off in between, Hypercorn would not know that it began.
+
+        `more_follows`: it can wait for the next piece, which is there already.
+        """
         await trio.lowlevel.checkpoint_if_cancelled()
         self.started = True
         if self._relayed and self._guard is not None and self._is_early:
@@ -238,11 +248,13 @@ class Exchange:
             self._closing = True
             headers = [*headers, (b"Connection", b"close")]
         self.incoming.abandoned.set()
+        self._hold_back(more_follows)
         with trio.CancelScope(shield=True):
             await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def send(self, piece: bytes) -> None:
         """Send a piece of the answer's body; returns when there is room for more."""
+        self._hold_back(False)
         await self._send({"type": "http.response.body", "body": piece, "more_body": True})
 
     async def finish(self, last: bytes = b"") -> None:
@@ -254,7 +266,13 @@ class Exchange:
                 await self.incoming.complete.wait()
         # From here on Hypercorn recycles or closes the connection, and must not be cut off while it does.
         self._finishing = True
+        self._hold_back(True)
         await self._send({"type": "http.response.body", "body": last, "more_body": False})
+
+    def _hold_back(self, more_follows: bool) -> None:
+        """What is sent next need not leave before what is sent after it; or it has to."""
+        if self._guard is not None:
+            self._guard.more_follows = more_follows
 
     def abort(self) -> None:
         """Make sure that the client sees that the answer is not whole: what was begun is never finished."""
@@ -306,19 +324,25 @@ class Connection(TrioASGIHTTPConnection):
 
     async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
         exchange = Exchange(self.scope, receive, send)
-        with exchange:
+        with exchange, exchange.cancel_scope:
+            response = await self.app.handle_request(self._request(exchange, send))
+            if exchange.is_watched:
+                await self._answer(exchange, response)
+                return
             async with trio.open_nursery() as nursery:
-                with exchange.cancel_scope:
-                    response = await self.app.handle_request(self._request(exchange, send))
-                    nursery.start_soon(exchange.incoming.look_after)
-                    if isinstance(response, Relay):
-                        exchange.hand_over()
-                        await response.run(exchange)
-                    else:
-                        assert isinstance(response, QuartResponse)
-                        await exchange.start(response.status_code, _identified(response, exchange.head.request_id))
-                        await exchange.finish(await response.get_data(as_text=False))
+                nursery.start_soon(exchange.incoming.look_after)
+                await self._answer(exchange, response)
                 nursery.cancel_scope.cancel()
+
+    async def _answer(self, exchange: Exchange, response: object) -> None:
+        if isinstance(response, Relay):
+            exchange.hand_over()
+            await response.run(exchange)
+        else:
+            assert isinstance(response, QuartResponse)
+            headers = _identified(response, exchange.head.request_id)
+            await exchange.start(response.status_code, headers, more_follows=True)
+            await exchange.finish(await response.get_data(as_text=False))
 
     def _request(self, exchange: Exchange, send: ASGISendCallable) -> Request:
         """Quart's view of the request: enough to find the handler, which reads the rest from the exchange."""

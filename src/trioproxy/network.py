@@ -1,50 +1,56 @@
-"""The connections below httpx: what it does not do itself, as streams that it is given to work on.
+"""The connections below the HTTP clients: trio's streams, as httpcore wants its network streams.
 
-Each keeps an eye on three things that httpcore cannot know or tell: whether the upstream answers before it has been
-sent everything (httpcore reads only afterwards), whether anything of a request can have arrived when a kept connection
-turns out to be dead, and whether a read is about to wait or has something at hand. Knows nothing of the house.
+Each keeps an eye on what an HTTP client needs and trio does not tell: whether anything of a request can have arrived
+when a kept connection turns out to be dead, and whether TLS was ended with notice. Its sending can be stopped without
+hurting TLS, since an upstream may answer before it has been sent everything. Knows nothing of HTTP and of the house.
 """
 
 from __future__ import annotations
 
 import errno
-import re
+import math
 import socket
 import ssl
 import struct
 import sys
-from collections.abc import Coroutine, Generator, Iterable
-from types import coroutine
-from typing import Any, Final
+from collections.abc import Awaitable, Callable
+from typing import Final
 
 import httpcore
-import httpx
 import trio
 
+from trioproxy import sockets
+
 READ_SIZE: Final = 64 * 1024
-
-_WAITING: Final = object()
-"""What a read hands to whoever steps it, instead of waiting."""
-
-_INTERIM: Final = re.compile(rb"HTTP/1\.[01] 1(?!01)\d\d[^\n]*\n(?:[^\r\n][^\n]*\n)*\r?\n")
-"""A whole head of an answer 1xx, after which another follows (RFC 9110 section 15.2)."""
-
-_INTERIM_BEGUN: Final = re.compile(rb"(?:HTTP/1\.[01] 1)|(?:HTTP/1\.[01] ?|HTTP/1\.?|HTTP/?|HTT|HT|H)?$")
 
 _REFUSAL_SECONDS: Final = 0.05
 _REFUSAL_CHECKS: Final = 10
 """How long, and how often, to look for the refusal of what was sent on a connection that had just been closed."""
 
+_TURNS: Final = 5
+
 _ACKED: Final = struct.Struct("=Q")
 _ACKED_AT: Final = 120
 """Where `tcpi_bytes_acked` (RFC 4898) is in Linux's `struct tcp_info`."""
 
+Dial = Callable[[str, int], Awaitable[trio.abc.Stream]]
+"""Connects to a host's port. Raises OSError."""
+
 
 class _Transport(trio.abc.Stream):
-    """What TLS works on. Its sending can be stopped without TLS noticing, which could not be read from otherwise."""
+    """What is sent and read goes through here, below TLS if there is any; to sockets as directly as can be.
 
-    def __init__(self, stream: trio.SocketStream) -> None:
-        self.socket: Final = stream.socket
+    Sending can be stopped without TLS noticing: cut off in sending, it could not be read from any more.
+    """
+
+    def __init__(self, stream: trio.abc.Stream) -> None:
+        self.waits = True
+        """Whether reading waits until something comes; else it raises `trio.WouldBlock`."""
+        self.sends_until = math.inf
+        """When sending is given up."""
+        self.has_sent = False
+        """Whether the kernel has taken anything."""
+        self.socket: Final = stream.socket if isinstance(stream, trio.SocketStream) else None
         self._stream = stream
         self._stopped = False
         self._sending: trio.CancelScope | None = None
@@ -56,223 +62,161 @@ class _Transport(trio.abc.Stream):
             self._sending.cancel(reason="the upstream has answered")
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        with trio.CancelScope() as self._sending:
-            if not self._stopped:
-                await self._stream.send_all(data)
-        self._sending = None
+        if self._stopped:
+            return
+        sent = 0 if self.socket is None else sockets.send_at_once(self.socket, data)
+        self.has_sent = self.has_sent or sent > 0
+        if rest := memoryview(data)[sent:]:
+            with trio.CancelScope(deadline=self.sends_until) as self._sending:
+                await self._stream.send_all(rest)
+            if self._sending.cancelled_caught and not self._stopped:
+                raise httpcore.WriteTimeout
+            self._sending = None
+        self.has_sent = True
 
     async def wait_send_all_might_not_block(self) -> None:
         await self._stream.wait_send_all_might_not_block()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
-        return await self._stream.receive_some(max_bytes)
+        if not self.waits:
+            raise trio.WouldBlock
+        if self.socket is None:
+            return await self._stream.receive_some(max_bytes)
+        return await sockets.receive(self.socket, max_bytes or READ_SIZE)
 
     async def aclose(self) -> None:
         await self._stream.aclose()
 
 
 class Stream(httpcore.AsyncNetworkStream):
-    """One connection to the upstream."""
+    """One connection. Errors are httpcore's: `ConnectError`, `ReadError`, `WriteError`…"""
 
-    def __init__(self, stream: httpcore.AsyncNetworkStream) -> None:
-        self.answered = False
-        """The upstream has answered, or closed, before everything was sent: sending the rest is of no use."""
+    def __init__(self, stream: trio.abc.Stream) -> None:
         self.untouched = False
         """The connection has failed, and nothing of the last request has arrived."""
         self.closed = False
         self.at_end = False
-        """The upstream has said in TLS that it closes, without being asked for more."""
-        self.stepping = False
-        """Whether a read that is about to wait says so to `step`."""
-        self._stream = stream
-        self._transport: _Transport | None = None
-        self._early = bytearray()
-        self._sending: trio.CancelScope | None = None
+        """The upstream has said in TLS that it closes."""
+        self._transport: Final = _Transport(stream)
+        self._over: trio.abc.Stream = self._transport
+        """What is written to and read from."""
         self._acked: int | None = None
-        self._heard = self._written = self._judged = False
+        self._heard = False
+        self._write_error: httpcore.WriteError | None = None
 
     def begin(self) -> None:
         """Another request is about to be sent."""
-        self.answered = self.untouched = self._heard = self._written = self._judged = False
+        self.untouched = self._heard = self._transport.has_sent = False
+        self._write_error = None
         self._acked = self._bytes_acked()
 
-    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        """What has come: all of it, within `max_bytes`."""
-        if self._early:
-            data = bytes(self._early[:max_bytes])
-            del self._early[:max_bytes]
-            return data
-        if self.stepping:
-            await _about_to_wait()
+    async def read(self, max_bytes: int = READ_SIZE, timeout: float | None = None) -> bytes:
+        """What has come: all of it, up to about `max_bytes`. Waits until there is something; b"" at the end."""
         try:
-            data = await self._stream.read(max_bytes, timeout)
-        except httpcore.NetworkError as error:
-            await self._judge(error)
-            raise
-        if not data:
-            await self._judge(None)
-        self._heard = True
-        return data + self._decrypted(max_bytes - len(data)) if data else data
+            data = bytes(await self._over.receive_some(max_bytes))
+            if data and self._over is not self._transport:
+                data += await self._decrypted(max_bytes - len(data))
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            if isinstance(error.__cause__, ssl.SSLEOFError):
+                # RFC 9112 section 9.8: anyone on the way can close a TCP connection.
+                raise httpcore.ReadError(
+                    "the TLS connection was closed without notice (close_notify), maybe not by the upstream."
+                ) from None
+            raise httpcore.ReadError from error
+        self._heard = self._heard or bool(data)
+        return data
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        """Send everything. `WriteError` as soon as it is of no use any more: httpcore reads the answer then."""
-        with trio.CancelScope() as self._sending:
-            if not self.answered:
-                try:
-                    await self._stream.write(buffer, timeout)
-                except httpcore.NetworkError as error:
-                    await self._judge(error)
-                    raise
-                self._written = True
-        self._sending = None
-        if self.answered:
-            raise httpcore.WriteError("the upstream has answered before it has been sent everything")
+        """Send everything, within `timeout` seconds; nothing any more once sending is stopped."""
+        self._transport.sends_until = math.inf if timeout is None else trio.current_time() + timeout
+        try:
+            await self._over.send_all(buffer)
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            self._write_error = httpcore.WriteError()
+            raise self._write_error from error
 
-    async def look_for_early_answer(self) -> None:
-        """Read while a request is being sent, until an answer begins or the upstream closes.
-
-        To be cancelled when everything has been sent. What has been read until then is read again by `read`.
-        """
-        while len(self._early) < READ_SIZE:
-            try:
-                data = await self._stream.read(READ_SIZE)
-            except httpcore.NetworkError as error:
-                await self._judge(error)
-                break
-            if not data:
-                await self._judge(None)
-                break
-            self._heard = True
-            self._early += data
-            if _has_answer(bytes(self._early)):
-                break
-        self.answered = True
-        if self._transport is not None:
-            self._transport.stop_sending()
-        elif self._sending is not None:
-            self._sending.cancel(reason="the upstream has answered")
+    def stop_writing(self) -> None:
+        """Throw away what is being sent, and will be: the upstream does not want it."""
+        self._transport.stop_sending()
 
     async def aclose(self) -> None:
         """Close it."""
         self.closed = True
-        await self._stream.aclose()
+        await self._transport.aclose()
 
     async def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
-    ) -> httpcore.AsyncNetworkStream:
+    ) -> Stream:
         """Go on in TLS, on this same object."""
-        plain = getattr(self._stream, "_stream", None)
-        if isinstance(plain, trio.SocketStream):
-            self._transport = _Transport(plain)
-            vars(self._stream)["_stream"] = self._transport  # httpcore makes the TLS on top of it
-        self._stream = await self._stream.start_tls(ssl_context, server_hostname, timeout)
+        tls = trio.SSLStream(self._transport, ssl_context, server_hostname=server_hostname)
+        self._over = tls
+        try:
+            await tls.do_handshake()
+        except trio.BrokenResourceError as error:
+            raise httpcore.ConnectError from error
         return self
 
-    def get_extra_info(self, info: str) -> Any:
-        """As httpcore's own."""
-        if self._transport is not None and info in ("socket", "is_readable"):
-            return self._transport.socket if info == "socket" else self._transport.socket.is_readable()
-        return self._stream.get_extra_info(info)
+    def get_extra_info(self, info: str) -> object:
+        """As httpcore's own, of what is asked for here: `socket`, and `is_readable`: whether an idle one has ended."""
+        found = self._transport.socket
+        if info == "is_readable":
+            return found is not None and found.is_readable()
+        return found if info == "socket" else None
 
-    async def _judge(self, error: Exception | None) -> None:
+    async def judge(self, error: Exception | None) -> None:
         """The connection has failed or, without an error, ended: find out whether it is `untouched`.
 
         It is if nothing could be sent. Otherwise only if the other side has closed, its kernel has refused what came
         later (Linux says EPIPE then, instead of ECONNRESET) and nothing of the request was acknowledged before that:
         a reset alone may come from a server that has read the request and not acknowledged it yet.
         """
-        if not self._judged and not self._heard:
-            self.untouched = await self._was_refused(error) if self._written else error is not None
-            self._judged = True
+        if not self._heard:
+            self.untouched = await self._was_refused(error) if self._transport.has_sent else error is not None
 
     async def _was_refused(self, error: Exception | None) -> bool:
-        number = _error_number(error)
+        number = _error_number(self._write_error or error)
         for _ in range(_REFUSAL_CHECKS):
             if number or self._acked is None or self._bytes_acked() != self._acked:
                 break
             await trio.sleep(_REFUSAL_SECONDS / _REFUSAL_CHECKS)
-            number = self.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if self._transport.socket is not None:
+                number = self._transport.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         return number == errno.EPIPE and self._bytes_acked() == self._acked
 
     def _bytes_acked(self) -> int | None:
         """How much the other side's kernel has acknowledged so far; None where that cannot be known."""
-        sock = self.get_extra_info("socket")
-        if sock is None or not sys.platform.startswith("linux"):
+        if self._transport.socket is None or not sys.platform.startswith("linux"):
             return None
         try:
-            info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _ACKED_AT + _ACKED.size)
+            info = self._transport.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _ACKED_AT + _ACKED.size)
         except OSError:
             return None
         return int(_ACKED.unpack_from(info, _ACKED_AT)[0]) if len(info) >= _ACKED_AT + _ACKED.size else None
 
-    def _decrypted(self, max_bytes: int) -> bytes:
+    async def _decrypted(self, max_bytes: int) -> bytes:
         """What else has come in TLS records: each is read on its own otherwise."""
-        ssl_object = self.get_extra_info("ssl_object")
         data = b""
-        while ssl_object is not None and len(data) < max_bytes:
-            try:
-                more = ssl_object.read(max_bytes - len(data))
-            except ssl.SSLWantReadError:
-                break
-            except ssl.SSLError:  # the next read says so too
-                self.at_end = True
-                break
-            if not more:
-                self.at_end = True
-                break
-            data += more
+        self._transport.waits = False
+        try:
+            while len(data) < max_bytes and not self.at_end:
+                more = await self._over.receive_some(max_bytes - len(data))
+                self.at_end = not more
+                data += more
+        except (trio.WouldBlock, trio.BrokenResourceError):
+            pass  # the next read waits, or fails too
+        finally:
+            self._transport.waits = True
         return data
 
 
-class Network(httpcore.AsyncNetworkBackend):
-    """Makes such streams of what another backend connects."""
+async def give_turns() -> None:
+    """Let others have their turn between the first answer on a connection and the look whether more has come.
 
-    def __init__(self, backend: httpcore.AsyncNetworkBackend) -> None:
-        self.stream: Stream | None = None
-        """The last one."""
-        self._backend = backend
-
-    async def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
-    ) -> httpcore.AsyncNetworkStream:
-        """Connect."""
-        self.stream = Stream(await self._backend.connect_tcp(host, port, timeout, local_address, socket_options))
-        return self.stream
-
-
-class Connection(httpx.AsyncHTTPTransport):
-    """httpx's transport for one connection at a time, on such a stream. Takes httpx's arguments."""
-
-    def __init__(self, backend: httpcore.AsyncNetworkBackend | None = None, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self._network = Network(backend or httpcore.TrioBackend())
-        self._pool._network_backend = self._network  # httpcore's pools take one, but httpx does not hand it on
-
-    @property
-    def stream(self) -> Stream | None:
-        """Its connection; None before the first call, and once it is closed."""
-        stream = self._network.stream
-        return None if stream is None or stream.closed else stream
-
-    @property
-    def has_rest(self) -> bool:
-        """Whether more has come than the last answer, if only that it was the last one: RFC 9112 section 9.2."""
-        if self.stream is not None and self.stream.at_end:
-            return True
-        layer: object = next(iter(self._pool.connections), None)
-        while layer is not None and not hasattr(layer, "_h11_state"):
-            layer = getattr(layer, "_connection", None)
-        return layer is not None and bool(layer._h11_state.trailing_data[0])
-
-    @property
-    def last_stream(self) -> Stream | None:
-        """Its connection, closed or not."""
-        return self._network.stream
+    A server that speaks before it is asked may have its answer to the request still to come, which would be taken for
+    the answer to the next one (RFC 9112 section 9.2).
+    """
+    for _ in range(_TURNS):
+        await trio.lowlevel.checkpoint()
 
 
 def _error_number(error: BaseException | None) -> int:
@@ -280,32 +224,3 @@ def _error_number(error: BaseException | None) -> int:
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return 0 if error is None else error.errno or 0
-
-
-def _has_answer(data: bytes) -> bool:
-    """Whether more has come than answers 1xx, whole or begun."""
-    while (interim := _INTERIM.match(data)) is not None:
-        data = data[interim.end() :]
-    return bool(data) and _INTERIM_BEGUN.match(data) is None
-
-
-@coroutine
-def _about_to_wait() -> Generator[object, None, None]:
-    yield _WAITING
-
-
-@coroutine
-def step(reading: Coroutine[Any, Any, bytes]) -> Generator[Any, Any, bytes | None]:
-    """Drive `reading` on until it has returned something, or is about to wait: None, and it can be driven on later."""
-    try:
-        trap = reading.send(None)
-        while trap is not _WAITING:
-            try:
-                sent = yield trap
-            except BaseException as error:
-                trap = reading.throw(error)
-            else:
-                trap = reading.send(sent)
-    except StopIteration as returned:
-        return bytes(returned.value)
-    return None

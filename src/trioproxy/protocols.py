@@ -7,8 +7,10 @@ method in its own letter case. This module knows nothing of scheduling or of the
 
 from __future__ import annotations
 
+import math
 import re
 import sys
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
@@ -18,7 +20,7 @@ import h2.events
 import h2.exceptions
 import h11
 import trio
-from hypercorn.events import Event, RawData
+from hypercorn.events import Closed, Event, RawData
 from hypercorn.protocol import ProtocolWrapper
 from hypercorn.protocol.events import Body, Data, EndBody, EndData, StreamClosed
 from hypercorn.protocol.events import Event as StreamEvent
@@ -27,6 +29,8 @@ from hypercorn.protocol.h11 import H2CProtocolRequiredError, H2ProtocolAssumedEr
 from hypercorn.protocol.http_stream import HTTPStream
 from hypercorn.protocol.ws_stream import WSStream
 from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.trio.worker_context import TrioSingleTask
+from hypercorn.typing import H11SendableEvent, TaskGroup
 from priority.priority import MissingStreamError
 from wsproto.connection import ConnectionState
 
@@ -48,12 +52,25 @@ class Refusing(Protocol):
         ...
 
 
+class Below(Protocol):
+    """The stream below the protocols, as far as it concerns them."""
+
+    more_follows: bool
+    """Whether what is being sent can wait for what is sent next."""
+
+    @property
+    def sends_alone(self) -> bool:
+        """Whether sending needs nobody's shield from cancellation."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Parser:
     """What the protocols of one connection need of the server."""
 
     refuse: Refusing
     write_timeout: float
+    below: Below
 
 
 _QUOTED_BYTES: Final = re.compile(r"""\b(?:bytearray\(b|b)(?P<quoted>'[^']*'|"[^"]*")\)?""")
@@ -63,8 +80,60 @@ READ_AS_TEXT: Final = frozenset({b"connection", b"upgrade", b"sec-websocket-prot
 """Fields that Hypercorn reads as ASCII, and fails on if they are not."""
 
 
+class IdleTask(TrioSingleTask):
+    """Knows since when a connection is idle, for one task that looks after that all the time.
+
+    Hypercorn's own starts a task for each pause between two requests.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self._seconds = seconds
+        self._scope = trio.CancelScope()
+        self._started = False
+
+    async def restart(self, task_group: TaskGroup, action: Callable[[], Awaitable[None]]) -> None:
+        """The connection is idle from now on."""
+        self._scope.deadline = trio.current_time() + self._seconds
+        if not self._started:
+            self._started = True
+            task_group.spawn(action)
+
+    async def stop(self) -> None:
+        """It is not."""
+        self._scope.deadline = math.inf
+
+    async def wait(self) -> None:
+        """Return once the connection has been idle for too long."""
+        while trio.current_time() < self._scope.deadline:
+            with trio.CancelScope(deadline=self._scope.deadline) as self._scope:
+                await trio.sleep_forever()
+
+
 class HttpServer(TCPServer):
     """Hypercorn's server of one connection, with protocols of ours."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.idle_task: IdleTask = IdleTask(self.config.keep_alive_timeout)
+
+    async def protocol_send(self, event: Event) -> None:
+        """As Hypercorn's, without its lock and its shield where there is nobody to wait for."""
+        if not isinstance(event, RawData) or not self.state[PARSER].below.sends_alone or self.send_lock.locked():
+            await super().protocol_send(event)
+            return
+        self.send_lock.acquire_nowait()
+        try:
+            await self.stream.send_all(event.data)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            await self.protocol.handle(Closed())
+        finally:
+            self.send_lock.release()
+
+    async def _idle_timeout(self) -> None:
+        await self.idle_task.wait()
+        with trio.CancelScope(shield=True):
+            await self._initiate_server_close()
 
     @property
     def protocol(self) -> Protocols:
@@ -145,19 +214,32 @@ class Http1(H11Protocol):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
+        self._parser: Parser = self.connection_state[PARSER]
+        self._held = b""
         self.connection = Lenient(h11.SERVER, max_incomplete_event_size=self.config.h11_max_incomplete_size)
 
     async def _check_protocol(self, event: h11.Request) -> None:
         self.connection_state[METHOD] = event.method.decode("ascii")
         await super()._check_protocol(event)
 
+    async def _send_h11_event(self, event: H11SendableEvent) -> None:
+        """Send it, together with what has been held back; hold it back if more is about to follow."""
+        try:
+            self._held += self.connection.send(event)
+        except h11.LocalProtocolError:
+            if self.connection.their_state is not h11.ERROR:
+                raise
+            return
+        if self._held and (not self._parser.below.more_follows or isinstance(event, h11.EndOfMessage)):
+            held, self._held = self._held, b""
+            await self.send(RawData(data=held))
+
     async def _send_error_response(self, status_code: int) -> None:
         """Answer what h11 could not read; it is still handling its error."""
-        parser: Parser = self.connection_state[PARSER]
         scope = self.stream.scope if isinstance(self.stream, HTTPStream) else None
         method, path = (scope["method"], scope["raw_path"].decode("latin-1")) if scope else ("", "")
         reason = _QUOTED_BYTES.sub(r"\1", str(sys.exception()))
-        status, headers, body = parser.refuse(reason, method, path)
+        status, headers, body = self._parser.refuse(reason, method, path)
         headers = [*headers, (b"connection", b"close")]
         await self._send_h11_event(h11.Response(status_code=status, headers=headers))
         await self._send_h11_event(h11.Data(data=body))

@@ -20,7 +20,8 @@ from trioproxy import errors, request
 from trioproxy.errors import Headers, ProxyError
 from trioproxy.events import PassedThrough, Progress, Publisher, RequestFacts, ScheduledRequest
 from trioproxy.scheduler import Scheduler
-from trioproxy.upstream import Body, Upstream
+from trioproxy.upload import Body
+from trioproxy.upstream import Upstream
 
 log = structlog.get_logger()
 
@@ -31,8 +32,8 @@ class Client(Protocol):
     started: bool
     """Whether an answer's head has been sent."""
 
-    async def start(self, status: int, headers: Headers) -> None:
-        """Send the answer's head."""
+    async def start(self, status: int, headers: Headers, *, more_follows: bool = False) -> None:
+        """Send the answer's head; `more_follows`: it can wait for the next piece, which is there already."""
         ...
 
     async def send(self, piece: bytes) -> None:
@@ -133,12 +134,12 @@ class Relay(QuartResponse):
             body_size=head.content_length if self._body is None else len(self._body),
             has_key=self._facts.key is not None,
         )
-        body = Body(client.body() if self._body is None else self._body)
+        has_none = self._body is None and not head.content_length and not head.chunked
+        body = Body(b"" if has_none else client.body() if self._body is None else self._body)
         async with self._upstream.open(head.method, head.target, headers, body, progress) as response:
             progress.http_status = response.status
-            await client.start(
-                response.status, request.client_headers(response.headers, head.request_id, queue_seconds)
-            )
+            headers = request.client_headers(response.headers, head.request_id, queue_seconds)
+            await client.start(response.status, headers, more_follows=response.at_hand)
             progress.first_byte_at = trio.current_time()
             while True:
                 piece = await response.read()
@@ -153,13 +154,16 @@ class Relay(QuartResponse):
             return
         client.limit_writes(math.inf)  # what had a limit is over
         status, headers, body = request.refusal(error, self._facts.request_id, random.random())
-        await client.start(status, headers)
+        await client.start(status, headers, more_follows=True)
         await client.finish(body)
 
 
 @contextmanager
 def _deadline(facts: ScheduledRequest) -> Iterator[None]:
     """The client's own deadline, once the request has a slot."""
+    if facts.deadline == math.inf:
+        yield
+        return
     with trio.CancelScope(deadline=facts.deadline) as scope:
         yield
     if scope.cancelled_caught:

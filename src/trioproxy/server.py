@@ -27,6 +27,7 @@ from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState, LifespanState
 from hypercorn.utils import repr_socket_addr
 
+from trioproxy import sockets
 from trioproxy.app import ProxyApp
 from trioproxy.config import Settings
 from trioproxy.connection import DRAIN_SECONDS, GUARD
@@ -75,6 +76,8 @@ class GuardedStream(trio.abc.HalfCloseableStream):
         """Around all of the connection's tasks."""
         self.relaying = False
         """Whether the exchange is going to be counted as a request, however it ends."""
+        self.more_follows = False
+        """Whether what is being sent can wait for what is sent next."""
         self._stream = stream
         self._write_timeout = write_timeout
         self._idle_timeout = idle_timeout
@@ -97,24 +100,44 @@ class GuardedStream(trio.abc.HalfCloseableStream):
         self._set_deadline()
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        """Send everything. Raises `BrokenResourceError` when the client has gone or does not read."""
+        """Send everything, shielded from cancellation as Hypercorn expects it.
+
+        Raises `BrokenResourceError` when the client has gone or does not read.
+        """
         if self._resetting:
             # TLS's notice of closing would make the end look clean.
             raise trio.BrokenResourceError
         if not self.encrypted:
             self.tell(data)
-        rest = memoryview(data)
-        with trio.CancelScope() as self._sending:
+        try:
+            rest = memoryview(data)[sockets.send_at_once(self.socket, data) :]
+        except trio.BrokenResourceError:
+            self.leave()
+            raise
+        if not rest:
+            return
+        with trio.CancelScope(shield=True) as self._sending:
             while rest:
                 self._sending.deadline = min(trio.current_time() + self._write_timeout, self._writes_until)
                 try:
                     sent = await self.socket.send(rest)
                 except (OSError, trio.ClosedResourceError) as error:
+                    self.leave()
                     raise trio.BrokenResourceError from error
                 rest = rest[sent:]
         if self._sending.cancelled_caught:
             self.abort()
+            if not self._gone.is_set():
+                self.leave()
             raise trio.BrokenResourceError
+
+    @property
+    def sends_alone(self) -> bool:
+        """Whether `send_all` may be called without Hypercorn's shield, and without giving others their turn before.
+
+        Before the application has taken a request on, it must have had its turn.
+        """
+        return not self.encrypted and bool(self._exchanges)
 
     async def wait_send_all_might_not_block(self) -> None:
         """As the socket says."""
@@ -135,7 +158,7 @@ class GuardedStream(trio.abc.HalfCloseableStream):
     async def _read(self, max_bytes: int | None) -> bytes:
         self._reading = True
         try:
-            data = await self._stream.receive_some(max_bytes)
+            data = await sockets.receive(self.socket, max_bytes or UNWANTED_SIZE)
         except trio.BrokenResourceError:
             self.leave()
             raise
@@ -145,7 +168,7 @@ class GuardedStream(trio.abc.HalfCloseableStream):
                 self._read_over.set()
         if not data:
             self.leave()
-        return bytes(data)
+        return data
 
     async def send_eof(self) -> None:
         """Close our side, unless the connection is to end with a reset."""
@@ -180,7 +203,7 @@ class GuardedStream(trio.abc.HalfCloseableStream):
 
     def unwatch(self, leave: Callable[[], None]) -> None:
         """The exchange is over."""
-        self.relaying = False
+        self.relaying = self.more_follows = False
         del self._exchanges[leave]
         self._set_deadline()
         self._activity.ended(self, idle=not self._exchanges)
@@ -446,11 +469,12 @@ class Server:
         idle_timeout = limits.keep_alive_timeout + CLOSING_SECONDS  # Hypercorn is first where it knows
         guarded = GuardedStream(stream, limits.client_write_timeout, self._activity, idle_timeout)
         self._streams.add(guarded)
-        state = ConnectionState({GUARD: guarded, PARSER: Parser(self._refuser(guarded), limits.client_write_timeout)})
+        parser = Parser(self._refuser(guarded), limits.client_write_timeout, guarded)
+        state = ConnectionState({GUARD: guarded, PARSER: parser})
         try:
             with guarded.scope:
                 outer = guarded if self._tls is None else TlsStream(guarded, self._tls)
-                await HttpServer(wrapped, self._config, self._context, state, outer).run()  # type: ignore[arg-type]
+                await HttpServer(wrapped, self._config, self._context, state, outer).run()
         except Exception as error:
             log.warning("a connection failed", exc_info=error, error=repr(error))
         finally:

@@ -27,7 +27,8 @@ from trioproxy.events import (
     WebSocketProgress,
 )
 from trioproxy.scheduler import Scheduler
-from trioproxy.upstream import Body, Upstream
+from trioproxy.upload import Body
+from trioproxy.upstream import Upstream
 from trioproxy.websocket_upstream import Closed, TooLargeError, UpstreamSocket, check_accepted, new_key
 
 log = structlog.get_logger()

@@ -14,6 +14,7 @@ from support import running_proxy, until
 from trioproxy import network
 
 CHUNKED: Final = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+GET_EXTRA_INFO: Final = network.Stream.get_extra_info
 SHORT: Final = {"upstream": {"first_byte_timeout": 0.3, "idle_timeout": 0.3, "connect_timeout": 0.5}}
 
 TRICKLED: Final[Script] = (Wait.REQUEST, b"HTTP/1.1 200 OK\r\n", *(Pause(0.1), b"X-A: b\r\n") * 5)
@@ -381,4 +382,4 @@ async def test_a_fresh_connection_is_not_tried_twice(monkeypatch: pytest.MonkeyP
 
 def _unaware(stream: network.Stream, info: str) -> object:
     """As if the connection's end had not been seen yet."""
-    return False if info == "is_readable" else stream._stream.get_extra_info(info)
+    return None if info == "is_readable" else GET_EXTRA_INFO(stream, info)

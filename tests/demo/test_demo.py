@@ -56,6 +56,14 @@ class Run:
         return output
 
 
+@pytest.fixture(autouse=True)
+def hanging_up_is_not_ignored() -> Iterator[None]:
+    """As under nohup, which the demo would obey."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @contextmanager
 def running(tmp_path: Path, *arguments: str) -> Iterator[Run]:
     port = free_port()
