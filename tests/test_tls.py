@@ -114,6 +114,17 @@ async def test_a_client_that_says_that_it_closes_an_idle_connection_is_answered(
             await stream.unwrap()
 
 
+async def test_an_idle_connection_is_closed_with_notice_after_a_while(upstream: Upstream, authority: Authority) -> None:
+    async with tls_proxy(upstream.url, authority, keep_alive_timeout=0.3) as proxy:
+        for asked in (False, True):
+            stream = await connect(proxy, authority)
+            if asked:
+                await stream.send_all(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert (await stream.receive_some()).startswith(b"HTTP/1.1 200")
+            with trio.fail_after(3):
+                assert await stream.receive_some() == b""  # without notice: BrokenResourceError
+
+
 async def test_a_pipelined_second_request_does_not_hide_that_the_client_has_left(
     upstream: Upstream, authority: Authority
 ) -> None:

@@ -7,7 +7,6 @@ method in its own letter case. This module knows nothing of scheduling or of the
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 from collections.abc import Awaitable, Callable
@@ -28,7 +27,7 @@ from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.protocol.h11 import H2CProtocolRequiredError, H2ProtocolAssumedError, H11Protocol
 from hypercorn.protocol.http_stream import HTTPStream
 from hypercorn.protocol.ws_stream import WSStream
-from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.trio.tcp_server import MAX_RECV, TCPServer
 from hypercorn.trio.worker_context import TrioSingleTask
 from hypercorn.typing import H11SendableEvent, TaskGroup
 from priority.priority import MissingStreamError
@@ -80,34 +79,14 @@ READ_AS_TEXT: Final = frozenset({b"connection", b"upgrade", b"sec-websocket-prot
 """Fields that Hypercorn reads as ASCII, and fails on if they are not."""
 
 
-class IdleTask(TrioSingleTask):
-    """Knows since when a connection is idle, for one task that looks after that all the time.
-
-    Hypercorn's own starts a task for each pause between two requests.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        super().__init__()
-        self._seconds = seconds
-        self._scope = trio.CancelScope()
-        self._started = False
+class NoTask(TrioSingleTask):
+    """In place of Hypercorn's task for each pause between two requests: the stream below ends what is idle."""
 
     async def restart(self, task_group: TaskGroup, action: Callable[[], Awaitable[None]]) -> None:
         """The connection is idle from now on."""
-        self._scope.deadline = trio.current_time() + self._seconds
-        if not self._started:
-            self._started = True
-            task_group.spawn(action)
 
     async def stop(self) -> None:
         """It is not."""
-        self._scope.deadline = math.inf
-
-    async def wait(self) -> None:
-        """Return once the connection has been idle for too long."""
-        while trio.current_time() < self._scope.deadline:
-            with trio.CancelScope(deadline=self._scope.deadline) as self._scope:
-                await trio.sleep_forever()
 
 
 class HttpServer(TCPServer):
@@ -115,7 +94,20 @@ class HttpServer(TCPServer):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.idle_task: IdleTask = IdleTask(self.config.keep_alive_timeout)
+        self.idle_task = NoTask()
+
+    async def _read_data(self) -> None:
+        """As Hypercorn's, but that nothing is kept of what has been read while more is waited for."""
+        more = True
+        while more:
+            try:
+                data = await self.stream.receive_some(MAX_RECV)
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                break
+            more = bool(data)
+            await self.protocol.handle(RawData(bytes(data)))
+            del data
+        await self.protocol.handle(Closed())
 
     async def protocol_send(self, event: Event) -> None:
         """As Hypercorn's, without its lock and its shield where there is nobody to wait for."""
@@ -129,11 +121,6 @@ class HttpServer(TCPServer):
             await self.protocol.handle(Closed())
         finally:
             self.send_lock.release()
-
-    async def _idle_timeout(self) -> None:
-        await self.idle_task.wait()
-        with trio.CancelScope(shield=True):
-            await self._initiate_server_close()
 
     @property
     def protocol(self) -> Protocols:

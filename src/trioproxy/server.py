@@ -65,7 +65,7 @@ class GuardedStream(trio.abc.HalfCloseableStream):
 
     A write without progress for `write_timeout` seconds is given up, inside whatever shield it is called, and the
     socket closed: Hypercorn takes that for a disconnect. So is a connection closed that has been without an exchange
-    for `idle_timeout` seconds: Hypercorn itself forgets those that begin with HTTP/2's preface.
+    for `idle_timeout` seconds, which Hypercorn would have a task for.
     """
 
     def __init__(
@@ -308,8 +308,8 @@ class TlsStream:
         await self.transport_stream.linger()
 
     async def aclose(self) -> None:
-        """Close the connection, with notice if the client takes it at once."""
-        with trio.move_on_after(CLOSING_SECONDS):
+        """Close the connection, with notice if the client takes it at once, also when it has been idle for too long."""
+        with trio.move_on_after(CLOSING_SECONDS, shield=True):
             await self._tls.aclose()
 
 
@@ -466,8 +466,7 @@ class Server:
 
     async def _serve_connection(self, wrapped: ASGIWrapper, stream: trio.SocketStream) -> None:
         limits = self.settings.server
-        idle_timeout = limits.keep_alive_timeout + CLOSING_SECONDS  # Hypercorn is first where it knows
-        guarded = GuardedStream(stream, limits.client_write_timeout, self._activity, idle_timeout)
+        guarded = GuardedStream(stream, limits.client_write_timeout, self._activity, limits.keep_alive_timeout)
         self._streams.add(guarded)
         parser = Parser(self._refuser(guarded), limits.client_write_timeout, guarded)
         state = ConnectionState({GUARD: guarded, PARSER: parser})
