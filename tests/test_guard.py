@@ -129,14 +129,31 @@ async def test_it_is_idle_once_the_last_exchange_is_over(autojump_clock: MockClo
 
 
 async def test_a_connection_without_an_exchange_is_closed_after_a_while(autojump_clock: MockClock) -> None:
-    stream = GuardedStream(cast(Any, SlowStream(SlowSocket(10, 1))), 60, Activity(), idle_timeout=75)
-    with stream.scope:
-        await trio.sleep(50)
-        stream.watch(print)
-        await trio.sleep(1000)
-        stream.unwatch(print)
-        await trio.sleep_forever()
-    assert trio.current_time() == 1050 + 75
+    activity = Activity(idle_timeout=75)
+    ends: list[float] = []
+
+    async def rest(busy_until: float | None) -> None:
+        stream = guarded(SlowSocket(10, 1), 60, activity)
+        with stream.scope:
+            if busy_until is not None:
+                await trio.sleep(50)
+                stream.watch(print)
+                await trio.sleep_until(busy_until)
+                stream.unwatch(print)
+            await trio.sleep_forever()
+        ends.append(trio.current_time())
+        activity.forget(stream)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(activity.look_around)
+        for busy_until in (None, 1050, 1060):
+            nursery.start_soon(rest, busy_until)
+        await trio.sleep(1130.5)
+        assert ends == [75, 1050 + 75]
+        activity.idle_timeout = 70  # a reload
+        await trio.sleep(1)
+        assert ends == [75, 1050 + 75, 1131]
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_closed_socket_is_a_broken_one() -> None:

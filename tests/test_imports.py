@@ -62,7 +62,8 @@ ROOMS: dict[str, set[str]] = {
     "websocket_upstream": {"upstream", "errors"},
     "websocket": {"request", "scheduler", "upload", "upstream", "websocket_upstream", "errors", "events"},
     "websocket_connection": {"connection", "websocket", "websocket_upstream", "request", "errors"},
-    "protocols": {"errors", "request"},  # what the server makes of Hypercorn's
+    "mailbox": set(),
+    "protocols": {"errors", "mailbox", "request"},  # what the server makes of Hypercorn's
     "reload": {"config", "server"},
     "server": {"config", "app", "connection", "errors", "protocols", "sockets"},
     "observe": {"events", "errors", "priority"},

@@ -199,11 +199,9 @@ class Proxy:
             request.allowed_priority(by_header, key)  # a wrong one need not wait for the body
         timeout = request.read_timeout(head)
         deadline = exchange.arrived + timeout if timeout is not None else float("inf")
-        content = b""
-        with trio.CancelScope(deadline=deadline) as in_time:
-            content = await exchange.read_body(self.settings.server.max_body_size)
-        reading = self._read(exchange, content, key)
-        if not in_time.cancelled_caught:
+        content = await exchange.read_body(self.settings.server.max_body_size, deadline)
+        reading = self._read(exchange, content or b"", key)
+        if content is not None:
             check_model(key, reading.model)
             if key is not None and key.models is not None and reading.model is not None:
                 self._check_one_model(exchange, content, key)
@@ -213,7 +211,7 @@ class Proxy:
             path=head.path.decode("latin-1"),
             arrived=exchange.arrived,
             key=exchange.key_name,
-            bytes_in=len(content),
+            bytes_in=len(content or b""),
             model=reading.model,
             stream=reading.stream,
             priority=request.read_priority(head, reading, key, limits),

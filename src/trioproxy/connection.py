@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import ClassVar, Final, Protocol, cast
 
 import trio
-from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, HTTPScope
+from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, HTTPResponseStartEvent, HTTPScope
 from quart.utils import encode_headers
 from quart.wrappers import Response as QuartResponse
 from quart_trio.asgi import TrioASGIHTTPConnection
@@ -208,8 +208,15 @@ class Exchange:
         self._relayed = self._closing = False
         self._ends = math.inf
 
-    async def read_body(self, limit: int) -> bytes:
-        """The whole body. Raises `ProxyError` if it is larger than `limit` bytes."""
+    async def read_body(self, limit: int, deadline: float) -> bytes | None:
+        """The whole body; None if it is not there by then. Raises `ProxyError` if it is larger than `limit` bytes."""
+        if deadline == math.inf:
+            return await self._read_body(limit)
+        with trio.CancelScope(deadline=deadline):
+            return await self._read_body(limit)
+        return None
+
+    async def _read_body(self, limit: int) -> bytes:
         if self.head.content_length is not None and self.head.content_length > limit:
             raise ProxyError(errors.REQUEST_TOO_LARGE, limit=limit)
         pieces: list[bytes] = []
@@ -249,8 +256,12 @@ class Exchange:
             headers = [*headers, (b"Connection", b"close")]
         self.incoming.abandoned.set()
         self._hold_back(more_follows)
-        with trio.CancelScope(shield=True):
-            await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        head: HTTPResponseStartEvent = {"type": "http.response.start", "status": status, "headers": headers}
+        if self._guard is not None:  # which shields it
+            await self._send(head)
+        else:
+            with trio.CancelScope(shield=True):
+                await self._send(head)
 
     async def send(self, piece: bytes) -> None:
         """Send a piece of the answer's body; returns when there is room for more."""

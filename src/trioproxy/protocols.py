@@ -12,7 +12,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, cast
 
 import h2.errors
 import h2.events
@@ -27,13 +27,16 @@ from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.protocol.h11 import H2CProtocolRequiredError, H2ProtocolAssumedError, H11Protocol
 from hypercorn.protocol.http_stream import HTTPStream
 from hypercorn.protocol.ws_stream import WSStream
+from hypercorn.trio.task_group import TaskGroup
 from hypercorn.trio.tcp_server import MAX_RECV, TCPServer
 from hypercorn.trio.worker_context import TrioSingleTask
-from hypercorn.typing import H11SendableEvent, TaskGroup
+from hypercorn.typing import H11SendableEvent
+from hypercorn.typing import TaskGroup as AnyTaskGroup
 from priority.priority import MissingStreamError
 from wsproto.connection import ConnectionState
 
 from trioproxy.errors import Headers
+from trioproxy.mailbox import Tasks
 from trioproxy.request import METHOD
 
 PARSER: Final = "trioproxy.parser"
@@ -82,7 +85,7 @@ READ_AS_TEXT: Final = frozenset({b"connection", b"upgrade", b"sec-websocket-prot
 class NoTask(TrioSingleTask):
     """In place of Hypercorn's task for each pause between two requests: the stream below ends what is idle."""
 
-    async def restart(self, task_group: TaskGroup, action: Callable[[], Awaitable[None]]) -> None:
+    async def restart(self, task_group: AnyTaskGroup, action: Callable[[], Awaitable[None]]) -> None:
         """The connection is idle from now on."""
 
     async def stop(self) -> None:
@@ -110,9 +113,13 @@ class HttpServer(TCPServer):
         await self.protocol.handle(Closed())
 
     async def protocol_send(self, event: Event) -> None:
-        """As Hypercorn's, without its lock and its shield where there is nobody to wait for."""
-        if not isinstance(event, RawData) or not self.state[PARSER].below.sends_alone or self.send_lock.locked():
+        """As Hypercorn's, but that waiting for its lock is shielded too, or without both where nobody is waited for."""
+        if not isinstance(event, RawData):
             await super().protocol_send(event)
+            return
+        if not self.state[PARSER].below.sends_alone or self.send_lock.locked():
+            with trio.CancelScope(shield=True):
+                await super().protocol_send(event)
             return
         self.send_lock.acquire_nowait()
         try:
@@ -137,6 +144,7 @@ class Protocols(ProtocolWrapper):
 
     def __init__(self, theirs: ProtocolWrapper) -> None:
         self.__dict__.update(theirs.__dict__)
+        self.task_group = Tasks(cast(TaskGroup, theirs.task_group))
         self.protocol = self._begin(Http2 if isinstance(theirs.protocol, H2Protocol) else Http1)
 
     async def handle(self, event: Event) -> None:

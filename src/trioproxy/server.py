@@ -40,8 +40,9 @@ HEADERS_SIZE_MAX: Final = 64 * 1024
 UPLOAD_PIECES_MAX: Final = 2
 """How many pieces of an upload may wait for being taken, of 64 KiB at most each."""
 
-LEFT_SECONDS: Final = 1.0
-"""How often long exchanges are looked at for clients that have gone unseen, and how long is long."""
+LOOK_SECONDS: Final = 1.0
+"""How often is looked for connections that have been idle for too long, and for clients that have gone unseen in long
+exchanges, and how long is long."""
 
 OVERHEARD_BYTES_MAX: Final = 256
 """How much of each write is overheard: more than a WebSocket's control frame (RFC 6455 section 5.5)."""
@@ -64,13 +65,10 @@ class GuardedStream(trio.abc.HalfCloseableStream):
     """The socket below one of Hypercorn's connections.
 
     A write without progress for `write_timeout` seconds is given up, inside whatever shield it is called, and the
-    socket closed: Hypercorn takes that for a disconnect. So is a connection closed that has been without an exchange
-    for `idle_timeout` seconds, which Hypercorn would have a task for.
+    socket closed: Hypercorn takes that for a disconnect.
     """
 
-    def __init__(
-        self, stream: trio.SocketStream, write_timeout: float, activity: Activity, idle_timeout: float = math.inf
-    ) -> None:
+    def __init__(self, stream: trio.SocketStream, write_timeout: float, activity: Activity) -> None:
         self.socket: Final = stream.socket
         self.scope: Final = trio.CancelScope()
         """Around all of the connection's tasks."""
@@ -80,7 +78,6 @@ class GuardedStream(trio.abc.HalfCloseableStream):
         """Whether what is being sent can wait for what is sent next."""
         self._stream = stream
         self._write_timeout = write_timeout
-        self._idle_timeout = idle_timeout
         self._activity = activity
         self._sending: trio.CancelScope | None = None
         self._exchanges: dict[Callable[[], None], float] = {}
@@ -97,7 +94,7 @@ class GuardedStream(trio.abc.HalfCloseableStream):
         """Set when the read that is under way is over, if somebody waits for that."""
         self._gone = trio.Event()
         self._writes_until = math.inf
-        self._set_deadline()
+        activity.rest(self)
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Send everything, shielded from cancellation as Hypercorn expects it.
@@ -198,19 +195,17 @@ class GuardedStream(trio.abc.HalfCloseableStream):
         """Call `leave` as soon as the client is seen to have gone, also while nobody reads from it."""
         self._exchanges[leave] = trio.current_time()
         self._writes_until = math.inf
-        self._set_deadline()
         self._activity.began(self)
 
     def unwatch(self, leave: Callable[[], None]) -> None:
         """The exchange is over."""
         self.relaying = self.more_follows = False
         del self._exchanges[leave]
-        self._set_deadline()
         self._activity.ended(self, idle=not self._exchanges)
 
     def is_long(self, now: float) -> bool:
         """Whether an exchange has been going on for long enough to be looked at."""
-        return any(now - began >= LEFT_SECONDS for began in self._exchanges.values())
+        return any(now - began >= LOOK_SECONDS for began in self._exchanges.values())
 
     def limit_writes(self, until: float) -> None:
         """No write of this exchange goes on beyond that time: Hypercorn shields it from every deadline outside."""
@@ -264,11 +259,6 @@ class GuardedStream(trio.abc.HalfCloseableStream):
             self.reset_on_close()
         self.socket.close()
 
-    def _set_deadline(self) -> None:
-        """Without an exchange the connection may go on for a while; once the client has gone nothing changes that."""
-        if not self._gone.is_set():
-            self.scope.deadline = math.inf if self._exchanges else trio.current_time() + self._idle_timeout
-
 
 class TlsStream:
     """TLS on top of a `GuardedStream`, as Hypercorn wants it.
@@ -314,47 +304,75 @@ class TlsStream:
 
 
 class Activity:
-    """Which connections have an exchange going on."""
+    """Which connections have an exchange going on, and which rest, for `idle_timeout` seconds at most."""
 
-    def __init__(self) -> None:
+    def __init__(self, idle_timeout: float = math.inf) -> None:
+        self.idle_timeout = idle_timeout
+        self.streams: set[GuardedStream] = set()
+        """Those with an exchange."""
+        self._resting: dict[GuardedStream, float] = {}  # since when, longest first
         self._count = 0
         self._idle = trio.Event()
         self._idle.set()
-        self.streams: set[GuardedStream] = set()
 
     def began(self, stream: GuardedStream) -> None:
+        """An exchange has begun there."""
         self.streams.add(stream)
+        self._resting.pop(stream, None)
         if not self._count:
             self._idle = trio.Event()
         self._count += 1
 
     def ended(self, stream: GuardedStream, *, idle: bool) -> None:
+        """An exchange is over; `idle`: it was the last one there."""
         if idle:
             self.streams.discard(stream)
+            self.rest(stream)
         self._count -= 1
         if not self._count:
             self._idle.set()
+
+    def rest(self, stream: GuardedStream) -> None:
+        """Nothing goes on there from now on."""
+        self._resting[stream] = trio.current_time()
+
+    def forget(self, stream: GuardedStream) -> None:
+        """It is closed."""
+        self._resting.pop(stream, None)
 
     async def wait_idle(self) -> None:
         """Return once no exchange is going on."""
         while self._count:
             await self._idle.wait()
 
-    async def look_for_the_gone(self) -> None:
+    async def look_around(self) -> None:
+        """Now and then, end what has been idle for too long, and look for clients that have gone unseen."""
+        while True:
+            await trio.sleep(min(LOOK_SECONDS, self.idle_timeout))
+            now = trio.current_time()
+            self._look_for_the_gone(now)
+            self._end_idle(now)
+
+    def _end_idle(self, now: float) -> None:
+        while self._resting:
+            stream, since = next(iter(self._resting.items()))
+            if now - since < self.idle_timeout:
+                break
+            del self._resting[stream]
+            stream.scope.cancel(reason="idle for too long")
+
+    def _look_for_the_gone(self, now: float) -> None:
         """Look at long exchanges for clients that have closed while nobody was reading from their sockets.
 
         Hypercorn does not read while another request of the same connection waits, nor while an upload is not taken.
         """
-        while True:
-            await trio.sleep(LEFT_SECONDS)
-            now = trio.current_time()
-            by_descriptor = {stream.socket.fileno(): stream for stream in self.streams if stream.is_long(now)}
-            by_descriptor.pop(-1, None)
-            poll = select.poll()
-            for descriptor in by_descriptor:
-                poll.register(descriptor, _GONE & ~(select.POLLHUP | select.POLLERR))
-            for descriptor, _ in poll.poll(0):
-                by_descriptor[descriptor].leave()
+        by_descriptor = {stream.socket.fileno(): stream for stream in self.streams if stream.is_long(now)}
+        by_descriptor.pop(-1, None)
+        poll = select.poll()
+        for descriptor in by_descriptor:
+            poll.register(descriptor, _GONE & ~(select.POLLHUP | select.POLLERR))
+        for descriptor, _ in poll.poll(0):
+            by_descriptor[descriptor].leave()
 
 
 class Server:
@@ -370,7 +388,7 @@ class Server:
         self._is_reachable = not all(_is_local(sock.getsockname()) for sock in self._sockets)
         self._context = WorkerContext(None)
         self._streams: set[GuardedStream] = set()
-        self._activity = Activity()
+        self._activity = Activity(settings.server.keep_alive_timeout)
         self._told = (trio.Event(), trio.Event())
 
     @property
@@ -387,6 +405,7 @@ class Server:
         config = _hypercorn_config(settings)
         self._tls = config.create_ssl_context()
         self._config = config
+        self._activity.idle_timeout = settings.server.keep_alive_timeout
         self._app.proxy.reconfigure(settings)
         self._warn_if_open()
 
@@ -420,7 +439,7 @@ class Server:
             listeners.append(trio.SocketListener(trio.socket.from_stdlib_socket(sock)))
         addresses = [_url(sock, "http" if self._tls is None else "https") for sock in self._sockets]
         async with trio.open_nursery() as listening:
-            listening.start_soon(self._activity.look_for_the_gone)
+            listening.start_soon(self._activity.look_around)
             serve = trio.serve_listeners
             await listening.start(
                 lambda task_status: serve(connection, listeners, handler_nursery=connections, task_status=task_status)
@@ -466,7 +485,7 @@ class Server:
 
     async def _serve_connection(self, wrapped: ASGIWrapper, stream: trio.SocketStream) -> None:
         limits = self.settings.server
-        guarded = GuardedStream(stream, limits.client_write_timeout, self._activity, limits.keep_alive_timeout)
+        guarded = GuardedStream(stream, limits.client_write_timeout, self._activity)
         self._streams.add(guarded)
         parser = Parser(self._refuser(guarded), limits.client_write_timeout, guarded)
         state = ConnectionState({GUARD: guarded, PARSER: parser})
@@ -478,6 +497,7 @@ class Server:
             log.warning("a connection failed", exc_info=error, error=repr(error))
         finally:
             self._streams.discard(guarded)
+            self._activity.forget(guarded)
             # Hypercorn does not come to closing it when it is cancelled.
             guarded.abort()
 

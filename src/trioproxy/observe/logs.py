@@ -46,6 +46,10 @@ from trioproxy.events import (
 QUEUED_LINES_MAX: Final = 10_000
 """Lines that may wait for the writer; more are dropped and counted."""
 
+GATHER_SECONDS: Final = 0.05
+"""How long lines are gathered before they are written together: each time that the writer's thread wakes up, it takes
+turns with the one that serves requests."""
+
 CLOSE_SECONDS_MAX: Final = 2.0
 """How long the writer may take to write what is left when the process ends."""
 
@@ -135,6 +139,7 @@ class _Lane:
         self._render = render
         self._closes = closes
         self._lines: SimpleQueue[Line | None] = SimpleQueue()
+        self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="trioproxy-log", daemon=True)
         self._thread.start()
 
@@ -146,6 +151,7 @@ class _Lane:
 
     def stop(self) -> None:
         self._lines.put(None)
+        self._stopping.set()
 
     def join(self, seconds: float) -> None:
         self._thread.join(seconds)
@@ -161,12 +167,13 @@ class _Lane:
                     line = self._lines.get_nowait()
             self._write(lines)
             going_on = line is not None
+            self._stopping.wait(GATHER_SECONDS)
         if self._closes:
             self._sink.close()
 
     def _write(self, lines: list[Line]) -> None:
         try:
-            self._sink.write("".join(self._render(dict(line)) + "\n" for line in lines))
+            self._sink.write("".join(self._render(line) + "\n" for line in lines))
             self._sink.flush()
         except Exception:
             self.dropped += len(lines)
