@@ -16,12 +16,17 @@ import trio
 from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, Scope
 from quart import has_request_context, websocket
 from quart import request as quart_request
+from quart.ctx import RequestContext
+from quart.sessions import NullSession
+from quart.typing import ResponseReturnValue
+from quart.wrappers import Request as QuartRequest
 from quart.wrappers import Response
 from quart.wrappers.base import BaseRequestWebsocket
 from quart_trio import QuartTrio
 from werkzeug.datastructures import Headers as WerkzeugHeaders
 from werkzeug.exceptions import HTTPException, InternalServerError
 from werkzeug.routing import BaseConverter, MapAdapter
+from werkzeug.wrappers import Response as WerkzeugResponse
 
 from trioproxy import __version__, body, errors, request
 from trioproxy.admin import Probes
@@ -245,6 +250,9 @@ def _shares(settings: Settings) -> dict[str, ShareLimits]:
     }
 
 
+_NO_SESSION: Final = NullSession()
+
+
 class Rest(BaseConverter):
     """Whatever follows `/v1`, empty segments and all."""
 
@@ -268,6 +276,19 @@ class ProxyApp(QuartTrio):
         return self.url_map.bind(
             "", path_info=request.path, default_method=request.method, url_scheme=request.scheme, query_args=""
         )
+
+    def request_context(self, request: QuartRequest) -> RequestContext:
+        """Quart's, with a session that need not be opened: there are none here."""
+        return RequestContext(self, request, _NO_SESSION)
+
+    async def full_dispatch_request(self, request_context: RequestContext | None = None) -> Response | WerkzeugResponse:
+        """Run the handler. There are no hooks, no signals and no cookies around it here."""
+        result: ResponseReturnValue | HTTPException
+        try:
+            result = await self.dispatch_request(request_context)
+        except (Exception, BaseExceptionGroup) as error:
+            result = await self.handle_user_exception(error)
+        return result if isinstance(result, Relay) else await self.make_response(result)
 
     async def asgi_app(self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
         """Refuse to start under a server that does not run on trio; everything else is Quart's."""
