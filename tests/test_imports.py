@@ -28,6 +28,7 @@ ROOMS: dict[str, set[str]] = {
     "body": set(),
     "routes": set(),
     "certificates": set(),
+    "flag": set(),
     # The page's table.
     "config": {"certificates"},  # whether the files that it names can be used is said before anything starts
     "errors": set(),
@@ -58,14 +59,14 @@ ROOMS: dict[str, set[str]] = {
         "upload",
     },
     "relay": {"request", "scheduler", "upload", "upstream", "errors", "events"},
-    "connection": {"relay", "request", "errors"},
+    "connection": {"relay", "request", "errors", "flag"},
     "websocket_upstream": {"upstream", "errors"},
     "websocket": {"request", "scheduler", "upload", "upstream", "websocket_upstream", "errors", "events"},
     "websocket_connection": {"connection", "websocket", "websocket_upstream", "request", "errors"},
     "mailbox": set(),
     "protocols": {"errors", "mailbox", "request"},  # what the server makes of Hypercorn's
     "reload": {"config", "server"},
-    "server": {"config", "app", "connection", "errors", "protocols", "sockets"},
+    "server": {"config", "app", "connection", "errors", "flag", "protocols", "sockets"},
     "observe": {"events", "errors", "priority"},
     "admin": {"scheduler", "observe", "upstream"},  # readiness asks whether the upstream is known to be out
     "cli": {"config", "server", "demo", "simulate", "app", "observe.logs", "keys", "reload"},

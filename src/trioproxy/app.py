@@ -6,7 +6,7 @@ The handlers read what is asked, answer what they can, and hand every request un
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Final, cast
@@ -283,22 +283,30 @@ class ProxyApp(QuartTrio):
 
     async def full_dispatch_request(self, request_context: RequestContext | None = None) -> Response | WerkzeugResponse:
         """Run the handler. There are no hooks, no signals and no cookies around it here."""
-        result: ResponseReturnValue | HTTPException
+        result: object
         try:
-            result = await self.dispatch_request(request_context)
+            result = cast(object, await self.dispatch_request(request_context))
         except (Exception, BaseExceptionGroup) as error:
             result = await self.handle_user_exception(error)
-        return result if isinstance(result, Relay) else await self.make_response(result)
+        if isinstance(result, Relay):  # which `Connection` takes for a response
+            return cast(Response, result)
+        return await self.make_response(cast(ResponseReturnValue, result))
 
-    async def asgi_app(self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+    def asgi_app(
+        self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable
+    ) -> Coroutine[None, None, None]:
         """Refuse to start under a server that does not run on trio; everything else is Quart's."""
+        if scope["type"] == "http":
+            return self.asgi_http_class(self, scope)(receive, send)
         if scope["type"] == "lifespan" and not trio.lowlevel.in_trio_run():
-            await receive()
-            message = "trioproxy needs a server that runs on trio: start Hypercorn with --worker-class trio"
-            log.error("the server cannot be used", error=message)
-            await send({"type": "lifespan.startup.failed", "message": message})
-            return
-        await super().asgi_app(scope, receive, send)
+            return self._refuse_to_start(receive, send)
+        return super().asgi_app(scope, receive, send)
+
+    async def _refuse_to_start(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+        await receive()
+        message = "trioproxy needs a server that runs on trio: start Hypercorn with --worker-class trio"
+        log.error("the server cannot be used", error=message)
+        await send({"type": "lifespan.startup.failed", "message": message})
 
 
 def create_app(
@@ -335,7 +343,7 @@ def _register_handlers(app: ProxyApp, proxy: Proxy) -> None:
 
     @app.endpoint("v1")
     async def v1(rest: str) -> Response:
-        return await proxy.relay(current_exchange())
+        return cast(Response, await proxy.relay(current_exchange()))
 
     app.url_map.add(app.url_rule_class("/v1<rest:rest>", endpoint="v1-websocket", methods=None, websocket=True))
 

@@ -21,6 +21,7 @@ from werkzeug.datastructures import Headers as WerkzeugHeaders
 
 from trioproxy import errors, request
 from trioproxy.errors import Headers, ProxyError
+from trioproxy.flag import Flag
 from trioproxy.relay import Relay
 
 GUARD: Final = "trioproxy.guard"
@@ -98,19 +99,22 @@ class Incoming:
     Where nobody takes any for a while, some more is read all the same: a client's FIN comes behind what it has sent.
     """
 
+    __slots__ = ("_ahead", "_leave", "_receive", "_taking", "_wanted", "abandoned", "complete")
+
     ahead_size: ClassVar[int] = 0
     """Bytes that all uploads together have been read ahead."""
 
     def __init__(self, receive: ASGIReceiveCallable, leave: Callable[[], None]) -> None:
         self._receive = receive
         self._leave = leave
-        self.complete = trio.Event()
+        self.complete: Final = Flag()
         """The last piece has arrived."""
-        self.abandoned = trio.Event()
+        self.abandoned: Final = Flag()
         """Nobody is going to take another piece."""
         self._ahead = bytearray()
-        self._taking = trio.Lock()
-        self._wanted = trio.current_time()
+        self._taking: trio.Lock | None = None
+        """There once two tasks may ask for pieces."""
+        self._wanted = math.inf
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         return self
@@ -118,7 +122,7 @@ class Incoming:
     async def is_empty(self) -> bool:
         """Whether there is no body, which HTTP/2 does not announce: known once something has come."""
         while not self._ahead and not self.complete.is_set():
-            self._keep(await self._next())
+            self._keep(await self.next())
         return not self._ahead
 
     async def __anext__(self) -> bytes:
@@ -137,16 +141,15 @@ class Incoming:
 
     async def _take(self) -> bytes:
         """The next piece, unless it was read ahead meanwhile, or there is none."""
-        try:
-            self._taking.acquire_nowait()
-        except trio.WouldBlock:
-            await self._taking.acquire()
-        try:
-            while not self._ahead and not self.complete.is_set():
-                if piece := await self._next():
-                    return piece
-        finally:
-            self._taking.release()
+        if self._taking is None:
+            return await self._next_there()
+        async with self._taking:
+            return await self._next_there()
+
+    async def _next_there(self) -> bytes:
+        while not self._ahead and not self.complete.is_set():
+            if piece := await self.next():
+                return piece
         return b""
 
     def forget(self) -> None:
@@ -158,29 +161,36 @@ class Incoming:
         self._ahead += piece
         Incoming.ahead_size += len(piece)
 
+    def share(self) -> None:
+        """From now on pieces are also asked for by `look_after`, in a task of its own."""
+        self._taking = trio.Lock()
+        self._wanted = trio.current_time()
+
     async def look_after(self) -> None:
         """Read ahead where nobody takes anything; once nobody is going to, throw away what still comes.
 
         Ends with the body's end, or never: a client that has gone is left to `leave`.
         """
+        assert self._taking is not None
         while not self.abandoned.is_set():
             with trio.move_on_after(UNTAKEN_SECONDS):
                 await self.abandoned.wait()
             if trio.current_time() - self._wanted >= UNTAKEN_SECONDS:
-                await self._read_ahead()
+                async with self._taking:
+                    await self._read_ahead()
         while True:
-            await self._next()
+            await self.next()
 
     async def _read_ahead(self) -> None:
-        async with self._taking:
-            while self._may_read_ahead() and not self.complete.is_set():
-                self._keep(await self._next())
+        while self._may_read_ahead() and not self.complete.is_set():
+            self._keep(await self.next())
 
     def _may_read_ahead(self) -> bool:
         unwanted = self._wanted != math.inf
         return unwanted and len(self._ahead) < AHEAD_SIZE_MAX and Incoming.ahead_size < ALL_AHEAD_SIZE_MAX
 
-    async def _next(self) -> bytes:
+    async def next(self) -> bytes:
+        """The next piece, which may be empty, for whoever is the only one that asks."""
         message = await self._receive()
         if message["type"] != "http.request":
             self._leave()
@@ -193,6 +203,21 @@ class Incoming:
 
 class Exchange:
     """One request and its answer; the `Client` that a relay talks to."""
+
+    __slots__ = (
+        "_closing",
+        "_ends",
+        "_finishing",
+        "_guard",
+        "_relayed",
+        "_send",
+        "arrived",
+        "cancel_scope",
+        "head",
+        "incoming",
+        "key_name",
+        "started",
+    )
 
     def __init__(self, scope: HTTPScope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
         self.arrived: Final = trio.current_time()
@@ -221,7 +246,8 @@ class Exchange:
             raise ProxyError(errors.REQUEST_TOO_LARGE, limit=limit)
         pieces: list[bytes] = []
         size = 0
-        async for piece in self.incoming:
+        while not self.incoming.complete.is_set():
+            piece = await self.incoming.next()
             size += len(piece)
             if size > limit:
                 raise ProxyError(errors.REQUEST_TOO_LARGE, limit=limit)
@@ -340,6 +366,7 @@ class Connection(TrioASGIHTTPConnection):
             if exchange.is_watched:
                 await self._answer(exchange, response)
                 return
+            exchange.incoming.share()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(exchange.incoming.look_after)
                 await self._answer(exchange, response)

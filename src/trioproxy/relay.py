@@ -9,12 +9,11 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
-from typing import Protocol
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Final, Protocol
 
 import structlog
 import trio
-from quart.wrappers import Response as QuartResponse
 
 from trioproxy import errors, request
 from trioproxy.errors import Headers, ProxyError
@@ -57,11 +56,13 @@ class Client(Protocol):
         ...
 
 
-class Relay(QuartResponse):
-    """A request that a handler has handed over: what to run, and with what.
+class Relay:
+    """A request that a handler has handed over: what to run, and with what. It takes the place of a response.
 
     `body` is the request's body as it goes on upstream; None to pass it on while it arrives.
     """
+
+    __slots__ = ("_body", "_facts", "_head", "_publisher", "_scheduler", "_upstream")
 
     def __init__(
         self,
@@ -73,7 +74,6 @@ class Relay(QuartResponse):
         upstream: Upstream,
         publisher: Publisher,
     ) -> None:
-        super().__init__()
         self._head = head
         self._facts = facts
         self._body = body
@@ -158,12 +158,16 @@ class Relay(QuartResponse):
         await client.finish(body)
 
 
-@contextmanager
-def _deadline(facts: ScheduledRequest) -> Iterator[None]:
+def _deadline(facts: ScheduledRequest) -> AbstractContextManager[None]:
     """The client's own deadline, once the request has a slot."""
-    if facts.deadline == math.inf:
-        yield
-        return
+    return _NO_DEADLINE if facts.deadline == math.inf else _kept(facts)
+
+
+_NO_DEADLINE: Final = nullcontext()
+
+
+@contextmanager
+def _kept(facts: ScheduledRequest) -> Iterator[None]:
     with trio.CancelScope(deadline=facts.deadline) as scope:
         yield
     if scope.cancelled_caught:

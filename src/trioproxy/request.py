@@ -137,7 +137,7 @@ def path_of(raw_path: bytes) -> bytes:
 
 def read_head(scope: Scope) -> Head:
     """Read a request's head. Never raises: `check` says what is wrong with it, once there is an id to say it to."""
-    headers = [(name, value) for name, value in scope["headers"]]
+    headers = list(scope["headers"])
     length: int | None = None
     chunked = False
     request_id = b""

@@ -2,8 +2,8 @@
 
 Hypercorn's `trio.serve()` lets one connection's exception end the process, shields its writes from cancellation (a
 client that stops reading holds its task for ever) and stops listening before `/ready` could say why. So the server is
-put together here from Hypercorn's `WorkerContext`, `Lifespan`, `ASGIWrapper` and a `TCPServer` with protocols of ours,
-none of them patched, with an `except` around each connection, a `GuardedStream` below it, and a shutdown in two phases.
+put together here from Hypercorn's `WorkerContext`, `Lifespan` and a `TCPServer` with protocols of ours, none of them
+patched, with an `except` around each connection, a `GuardedStream` below it, and a shutdown in two phases.
 """
 
 from __future__ import annotations
@@ -14,17 +14,16 @@ import select
 import socket
 import ssl
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from ipaddress import ip_address
 from typing import Final
 
 import structlog
 import trio
-from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config
 from hypercorn.trio.lifespan import Lifespan
 from hypercorn.trio.worker_context import WorkerContext
-from hypercorn.typing import ConnectionState, LifespanState
+from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, ConnectionState, LifespanState, Scope
 from hypercorn.utils import repr_socket_addr
 
 from trioproxy import sockets
@@ -32,6 +31,7 @@ from trioproxy.app import ProxyApp
 from trioproxy.config import Settings
 from trioproxy.connection import DRAIN_SECONDS, GUARD
 from trioproxy.errors import Headers
+from trioproxy.flag import Flag
 from trioproxy.protocols import PARSER, HttpServer, Parser, Refusing
 
 log = structlog.get_logger()
@@ -92,7 +92,7 @@ class GuardedStream(trio.abc.HalfCloseableStream):
         self._reading = False
         self._read_over: trio.Event | None = None
         """Set when the read that is under way is over, if somebody waits for that."""
-        self._gone = trio.Event()
+        self._gone = Flag()
         self._writes_until = math.inf
         activity.rest(self)
 
@@ -416,23 +416,23 @@ class Server:
 
     async def run(self, *, task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until shut down; `task_status` gets the addresses that are listened on, as URLs."""
-        wrapped = ASGIWrapper(self._app)
         state: LifespanState = {}
-        lifespan = Lifespan(wrapped, self._config, state)
+        lifespan = Lifespan(self._call_app, self._config, state)
         async with trio.open_nursery() as lifespan_nursery:
             await lifespan_nursery.start(lifespan.handle_lifespan)
             await lifespan.wait_for_startup()
             async with trio.open_nursery() as connections:
-                await self._listen_until_told(wrapped, connections, task_status)
+                await self._listen_until_told(connections, task_status)
             await lifespan.wait_for_shutdown()
             lifespan_nursery.cancel_scope.cancel()
 
-    async def _listen_until_told(
-        self, wrapped: ASGIWrapper, connections: trio.Nursery, task_status: trio.TaskStatus[list[str]]
-    ) -> None:
-        async def connection(stream: trio.SocketStream) -> None:
-            await self._serve_connection(wrapped, stream)
+    def _call_app(
+        self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable, *_: object, **__: object
+    ) -> Coroutine[None, None, None]:
+        """What Hypercorn calls for each connection, request and WebSocket."""
+        return self._app.asgi_app(scope, receive, send)
 
+    async def _listen_until_told(self, connections: trio.Nursery, task_status: trio.TaskStatus[list[str]]) -> None:
         listeners = []
         for sock in self._sockets:
             sock.listen(self.settings.server.backlog)
@@ -442,7 +442,9 @@ class Server:
             listening.start_soon(self._activity.look_around)
             serve = trio.serve_listeners
             await listening.start(
-                lambda task_status: serve(connection, listeners, handler_nursery=connections, task_status=task_status)
+                lambda task_status: serve(
+                    self._serve_connection, listeners, handler_nursery=connections, task_status=task_status
+                )
             )
             log.info("listening", addresses=addresses)
             self._warn_if_open()
@@ -483,7 +485,7 @@ class Server:
         with trio.move_on_after(0 if at_once.is_set() else GOODBYE_SECONDS):
             await self._app.proxy.websockets.say_goodbye()
 
-    async def _serve_connection(self, wrapped: ASGIWrapper, stream: trio.SocketStream) -> None:
+    async def _serve_connection(self, stream: trio.SocketStream) -> None:
         limits = self.settings.server
         guarded = GuardedStream(stream, limits.client_write_timeout, self._activity)
         self._streams.add(guarded)
@@ -492,7 +494,7 @@ class Server:
         try:
             with guarded.scope:
                 outer = guarded if self._tls is None else TlsStream(guarded, self._tls)
-                await HttpServer(wrapped, self._config, self._context, state, outer).run()
+                await HttpServer(self._call_app, self._config, self._context, state, outer).run()
         except Exception as error:
             log.warning("a connection failed", exc_info=error, error=repr(error))
         finally:

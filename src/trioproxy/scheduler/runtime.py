@@ -6,8 +6,7 @@ and having published its change there is no checkpoint at which a cancellation c
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Final
 
@@ -22,16 +21,30 @@ from trioproxy.scheduler.queue import ShareLimits
 
 
 class Slot:
-    """What a request holds while it runs. Whoever holds it says how it went before giving it back."""
+    """What a request holds while it runs, waited for on entering the block, and given back on leaving it.
 
-    __slots__ = ("ending", "progress", "queue_seconds", "request")
+    Whoever holds it says how it went before that.
+    """
 
-    def __init__(self, request: ScheduledRequest, queue_seconds: float) -> None:
+    __slots__ = ("_scheduler", "ending", "progress", "queue_seconds", "request")
+
+    def __init__(self, scheduler: Scheduler, request: ScheduledRequest) -> None:
         self.request: Final = request
-        self.queue_seconds: Final = queue_seconds
-        self.progress = Progress()
+        self.queue_seconds = 0.0
         self.ending: Ending | None = None
         """How the request ends if the slot's block is left without an exception; it must be set by then."""
+        self.progress: Progress
+        self._scheduler = scheduler
+
+    async def __aenter__(self) -> Slot:
+        self.queue_seconds = await self._scheduler._take(self.request)
+        self.progress = Progress()
+        return self
+
+    async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is not None:
+            self.ending = _ending_of(error)
+        self._scheduler._give_back(self)
 
 
 class _Waiter:
@@ -75,30 +88,17 @@ class Scheduler:
         self._waiters: dict[ScheduledRequest, _Waiter] = {}
         self._present = 0
 
-    @asynccontextmanager
-    async def slot(self, request: ScheduledRequest) -> AsyncIterator[Slot]:
-        """Hold a slot for the block, waiting for it first if need be.
+    def slot(self, request: ScheduledRequest) -> Slot:
+        """Hold a slot for the block, waiting for it first if need be: `async with scheduler.slot(request) as slot`.
 
         Publishes exactly one `Ended`, whatever happens. On leaving the block the request's ending is what an
         exception says (`ProxyError`: its own; a cancellation: CANCELLED; any other: INTERNAL_ERROR), else
-        `slot.ending`; the slot is free, and the next request has it, before this returns.
+        `slot.ending`; the slot is free, and the next request has it, before that is over.
 
-        Raises `ProxyError` when there is no slot to be had: QUEUE_FULL, SHUTTING_DOWN, EVICTED, QUEUE_TIMEOUT,
+        Entering raises `ProxyError` when there is no slot to be had: QUEUE_FULL, SHUTTING_DOWN, EVICTED, QUEUE_TIMEOUT,
         DEADLINE_EXCEEDED, RATE_LIMIT_EXCEEDED.
         """
-        self._present += 1
-        try:
-            slot = Slot(request, await self._admit(request))
-            try:
-                yield slot
-            except BaseException as error:
-                slot.ending = _ending_of(error)
-                raise
-            finally:
-                now = trio.current_time()
-                self._carry_out(self._core.finish(request, now, slot.ending or errors.INTERNAL_ERROR, slot.progress))
-        finally:
-            self._present -= 1
+        return Slot(self, request)
 
     def resize(
         self,
@@ -167,8 +167,23 @@ class Scheduler:
     def __repr__(self) -> str:
         return f"<Scheduler of {self._core!r}>"
 
-    async def _admit(self, request: ScheduledRequest) -> float:
+    async def _take(self, request: ScheduledRequest) -> float:
         """Returns, once a slot is held, the seconds that it took."""
+        self._present += 1
+        try:
+            return await self._admit(request)
+        except BaseException:
+            self._present -= 1
+            raise
+
+    def _give_back(self, slot: Slot) -> None:
+        ending = slot.ending or errors.INTERNAL_ERROR
+        try:
+            self._carry_out(self._core.finish(slot.request, trio.current_time(), ending, slot.progress))
+        finally:
+            self._present -= 1
+
+    async def _admit(self, request: ScheduledRequest) -> float:
         asked = trio.current_time()
         *_, verdict = self._carry_out(self._core.submit(request, asked))
         if isinstance(verdict, Ended):
