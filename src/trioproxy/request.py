@@ -56,6 +56,15 @@ _CREDENTIALS: Final = frozenset({b"authorization", b"openai-organization", b"ope
 OTHER_CREDENTIALS: Final = frozenset({b"api-key", b"x-api-key"})
 """Where some clients put a key instead of into `Authorization`."""
 
+_NOT_SENT: Final = HOP_BY_HOP | OURS | _SET_ANEW
+_NOT_SENT_WITH_OURS: Final = _NOT_SENT | _CREDENTIALS
+_NOT_SENT_WITH_KEY: Final = _NOT_SENT_WITH_OURS | OTHER_CREDENTIALS
+"""Request fields that are not sent on: with the client's own credentials, with ours, with ours in place of a client key
+that may be anywhere."""
+
+_NOT_PASSED_ON: Final = HOP_BY_HOP | {b"x-trioproxy-request-id"}
+"""Fields of an answer that are not passed on."""
+
 KEY_SUBPROTOCOL: Final = "openai-insecure-api-key."
 """What stands before the key in the WebSocket subprotocol by which browsers send it."""
 
@@ -111,6 +120,8 @@ class Head:
     content_length: int | None
     chunked: bool
     """Whether a body of unknown length follows."""
+    ours: Headers
+    """The fields that are for us, with names in lower case."""
 
     @property
     def rest(self) -> bytes:
@@ -141,6 +152,7 @@ def read_head(scope: Scope) -> Head:
     length: int | None = None
     chunked = False
     request_id = b""
+    ours: Headers = []
     for name, value in headers:
         match name.lower():
             case b"content-length" if value.isdigit():
@@ -149,6 +161,8 @@ def read_head(scope: Scope) -> Head:
                 chunked = True
             case b"x-request-id" if _REQUEST_ID.fullmatch(value):
                 request_id = value
+            case lower if lower in OURS:
+                ours.append((lower, value))
             case _:
                 pass
     return Head(
@@ -160,6 +174,7 @@ def read_head(scope: Scope) -> Head:
         request_id=request_id.decode() if request_id else new_request_id(),
         content_length=length,
         chunked=chunked,
+        ours=ours,
     )
 
 
@@ -193,9 +208,11 @@ def check(head: Head) -> None:
 
 
 def _check_characters(head: Head) -> None:
-    """What HTTP/1.1's parser has checked, HTTP/2's has not. A fragment is for the client alone (RFC 9110 4.2.5)."""
+    """HTTP/1.1's parser has checked names, HTTP/2's nothing. A fragment is for the client alone (RFC 9110 4.2.5)."""
     if b"#" in head.target or not _TARGET.fullmatch(head.target or b"/"):
         raise ProxyError(INVALID_REQUEST, reason="The path has characters that must be percent-encoded, such as '#'.")
+    if head.http_version != "2" and _VALUE.fullmatch(b" ".join([value for _, value in head.headers])):
+        return
     for name, value in head.headers:
         if not _NAME.fullmatch(name) or not _VALUE.fullmatch(value):
             shown = name.decode("latin-1")[:50]
@@ -204,7 +221,7 @@ def _check_characters(head: Head) -> None:
 
 def read_header_priority(head: Head) -> int | None:
     """The priority by header, None without one. Raises `ProxyError` for one that means nothing."""
-    by_header = {_header_priority(value) for value in head.values(b"x-priority")}
+    by_header = {_header_priority(value) for name, value in head.ours if name == b"x-priority"}
     if len(by_header) > 1:
         raise _invalid_priority("The header X-Priority", "given more than once with different values", "X-Priority")
     return next(iter(by_header), None)
@@ -275,7 +292,7 @@ def _invalid_priority(where: str, value: str, param: str) -> ProxyError:
 
 def read_timeout(head: Head) -> float | None:
     """The seconds of `X-Request-Timeout`, None without one. Raises `ProxyError` for an unusable one."""
-    values = head.values(b"x-request-timeout")
+    values = [value for name, value in head.ours if name == b"x-request-timeout"]
     if not values:
         return None
     seconds = {float(value) if _SECONDS.fullmatch(value.strip()) else 0.0 for value in values}
@@ -290,14 +307,25 @@ def read_timeout(head: Head) -> float | None:
     return min(seconds)
 
 
-def _end_to_end(headers: Headers, dropped: frozenset[bytes]) -> Headers:
-    """The fields that are not for one connection only, repeated ones and their order kept."""
+def _end_to_end(headers: Headers, dropped: frozenset[bytes]) -> tuple[Headers, set[bytes]]:
+    """The fields that are not for one connection only, repeated ones and their order kept; the names that there were.
+
+    `dropped` are the names, in lower case, of those that are or are not wanted.
+    """
+    kept: Headers = []
+    names: set[bytes] = set()
     named: set[bytes] = set()
-    for name, value in headers:
-        if name.lower() == b"connection":
-            named.update(token.strip() for token in value.lower().split(b","))
-    dropped = dropped | HOP_BY_HOP | named if named else dropped | HOP_BY_HOP
-    return [(name, value) for name, value in headers if name.lower() not in dropped]
+    for field in headers:
+        name = field[0].lower()
+        names.add(name)
+        if name not in dropped:
+            kept.append(field)
+        elif name == b"connection":
+            named.update(token.strip() for token in field[1].lower().split(b","))
+    if named:
+        kept = [field for field in kept if field[0].lower() not in named]
+        names -= named - HOP_BY_HOP
+    return kept, names
 
 
 def upstream_headers(
@@ -309,10 +337,11 @@ def upstream_headers(
     wherever clients put it. `body_size` is the body's length in bytes;
     None means that a body of unknown length follows (chunked) if `head.chunked`, else that there is none.
     """
-    dropped = OURS | _SET_ANEW
-    if authorization is not None:
-        dropped |= _CREDENTIALS | OTHER_CREDENTIALS if has_key else _CREDENTIALS
-    headers = [(b"Host", host), *_end_to_end(head.headers, dropped)]
+    if authorization is None:
+        dropped = _NOT_SENT
+    else:
+        dropped = _NOT_SENT_WITH_KEY if has_key else _NOT_SENT_WITH_OURS
+    headers = [(b"Host", host), *_end_to_end(head.headers, dropped)[0]]
     if authorization is not None:
         headers.append((b"Authorization", authorization))
     if body_size is not None:
@@ -335,11 +364,10 @@ def identification(request_id: str, queue_seconds: float | None) -> Headers:
 
 def client_headers(upstream: Headers, request_id: str, queue_seconds: float | None) -> Headers:
     """The fields of the upstream's answer as they go on to the client, and ours."""
-    dropped = {b"x-trioproxy-request-id"}
-    if any(name.lower() == b"transfer-encoding" for name, _ in upstream):
-        dropped.add(b"content-length")  # RFC 9112 section 6.3
-    headers = _end_to_end(upstream, frozenset(dropped))
-    if not any(name.lower() == b"x-request-id" for name, _ in headers):
+    headers, names = _end_to_end(upstream, _NOT_PASSED_ON)
+    if b"transfer-encoding" in names and b"content-length" in names:
+        headers = [field for field in headers if field[0].lower() != b"content-length"]  # RFC 9112 section 6.3
+    if b"x-request-id" not in names:
         headers.append((b"x-request-id", request_id.encode()))
     return headers + identification(request_id, queue_seconds)
 
