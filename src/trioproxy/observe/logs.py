@@ -340,17 +340,17 @@ class RequestLog:
             case Refused(request, _, ending, error):
                 # What is wrong with a priority may quote the body.
                 reason = {} if ending is INVALID_PRIORITY else {"reason": error}
-                self._log.info(
-                    "request refused", **_facts(request), http_status=ending.http_status, code=ending.code, **reason
-                )
+                facts = _known(_facts(request))
+                self._log.info("request refused", **facts, http_status=ending.http_status, code=ending.code, **reason)
             case Queued(request):
-                self._log.debug("request queued", **_facts(request))
+                self._log.debug("request queued", **_known(_facts(request)))
             case Started(request, _, queue_seconds):
-                self._log.debug("request started", **_facts(request), queue_seconds=round(queue_seconds, 6))
+                facts = _known(_facts(request))
+                self._log.debug("request started", **facts, queue_seconds=round(queue_seconds, 6))
             case CapacityChanged(pool, _, permits, max_queue):
                 self._log.info("capacity changed", pool=pool, permits=permits, max_queue=max_queue)
             case WebSocketOpening(request):
-                self._log.debug("websocket opening", **_facts(request))
+                self._log.debug("websocket opening", **_known(_facts(request)))
             case WebSocketClosed():
                 self._websocket_closed(event)
 
@@ -370,10 +370,10 @@ class RequestLog:
             "time_to_first_byte_seconds": _rounded(event.time_to_first_byte_seconds),
             "total_seconds": round(event.total_seconds, 6),
         }
-        if status is Status.FAILED:
-            fields.setdefault("error", f"the upstream answered with status {fields['http_status']}")
-        else:
-            fields.pop("error", None)
+        if status is not Status.FAILED:
+            fields["error"] = None
+        elif fields.get("error") is None:
+            fields["error"] = f"the upstream answered with status {fields['http_status']}"
         write = self._log.info if status in (Status.COMPLETED, Status.CANCELLED) else self._log.warning
         write(EVENT_OF_STATUS[status], **_known(fields))
 
@@ -381,14 +381,14 @@ class RequestLog:
         fields = _facts(event.request) | _progress(event.progress)
         fields["code"] = event.ending.code
         fields["total_seconds"] = round(event.at - event.request.arrived, 6)
-        write = self._log.warning if "error" in fields else self._log.info
+        write = self._log.info if event.progress.error is None else self._log.warning
         write("request passed through", **_known(fields))
 
     def _websocket_closed(self, event: WebSocketClosed) -> None:
         fields = _facts(event.request) | _websocket(event.progress)
         fields["total_seconds"] = round(event.at - event.request.arrived, 6)
-        write = self._log.warning if "error" in fields else self._log.info
-        write("websocket closed", **fields)
+        write = self._log.info if event.progress.error is None else self._log.warning
+        write("websocket closed", **_known(fields))
 
 
 def _facts(request: RequestFacts) -> dict[str, object]:
@@ -398,13 +398,16 @@ def _facts(request: RequestFacts) -> dict[str, object]:
     fields["key"] = request.key
     fields |= {"model": request.model, "method": request.method, "path": request.path, "stream": request.stream}
     fields["bytes_in"] = request.bytes_in
-    return _known(fields)
+    return fields
 
 
 def _progress(progress: Progress) -> dict[str, object]:
-    fields: dict[str, object] = {"http_status": progress.http_status, "bytes_out": progress.bytes_out}
-    fields |= _known({"upstream_seconds": _rounded(progress.upstream_seconds), "error": progress.error})
-    return fields
+    return {
+        "http_status": progress.http_status,
+        "bytes_out": progress.bytes_out,
+        "upstream_seconds": _rounded(progress.upstream_seconds),
+        "error": progress.error,
+    }
 
 
 def _rounded(seconds: float | None) -> float | None:
@@ -415,7 +418,7 @@ def _websocket(progress: WebSocketProgress) -> dict[str, object]:
     fields = dataclasses.asdict(progress)
     # The key `outcome` is for scheduled requests alone.
     fields["websocket_outcome"] = fields.pop("outcome").value
-    return _known(fields)
+    return fields
 
 
 def _known(fields: dict[str, object]) -> dict[str, object]:
