@@ -211,7 +211,11 @@ async def test_idle_timeout_does_not_count_the_time_that_the_client_takes(
     client.reads = partial(trio.sleep, 20)
     h.nursery.start_soon(client.post)
     call = await h.upstream.call()
-    await call.send(CHUNKED + chunk(b"a") + chunk(b"b") + LAST_CHUNK)
+    await call.send(CHUNKED + chunk(b"a"))
+    await trio.sleep(1)
+    await call.send(chunk(b"b"))  # read when the client has taken the first one, and given to it meanwhile
+    await trio.sleep(50)
+    await call.send(LAST_CHUNK)
     await client.answer.done.wait()
     assert client.answer.whole
     h.assert_settled()

@@ -46,6 +46,8 @@ TLS: Final = ("test_tls.py",)
 WEBSOCKET_CUTS: Final = ("test_websocket_cuts.py",)
 FRAMING: Final = ("conformance/test_framing.py",)
 FAILING: Final = ("conformance/test_failing_upstream.py",)
+MAILBOX: Final = ("test_mailbox.py",)
+FLAG: Final = ("test_flag.py",)
 LEAVING: Final = ("conformance/test_leaving.py",)
 STREAMING: Final = ("conformance/test_streaming.py",)
 HTTP2: Final = ("conformance/test_http2_wire.py",)
@@ -1213,6 +1215,63 @@ MUTANTS: Final = (
         "queue_timeout=self.queue_timeout / speed,",
         "",
         ("demo/test_scenarios.py",),
+    ),
+    # -- What a request costs while nothing goes on --
+    Mutant(
+        "a connection is not idle after its last exchange",
+        "server.py",
+        "            self.streams.discard(stream)\n            self.rest(stream)\n",
+        "            self.streams.discard(stream)\n",
+        GUARD,
+    ),
+    Mutant(
+        "a connection is idle although an exchange goes on",
+        "server.py",
+        "        self.streams.add(stream)\n        self._resting.pop(stream, None)\n",
+        "        self.streams.add(stream)\n",
+        GUARD,
+    ),
+    Mutant(
+        "what is idle stays",
+        "server.py",
+        "            self._end_idle(now)\n",
+        "",
+        GUARD,
+    ),
+    Mutant(
+        "TLS does not say that an idle connection is closed",
+        "server.py",
+        "with trio.move_on_after(CLOSING_SECONDS, shield=True):",
+        "with trio.move_on_after(CLOSING_SECONDS):",
+        TLS,
+    ),
+    Mutant(
+        "a full mailbox takes more",
+        "mailbox.py",
+        "while len(self._messages) >= self._size and",
+        "while False and",
+        MAILBOX,
+    ),
+    Mutant(
+        "a disconnect waits for room",
+        "mailbox.py",
+        """ and not message["type"].endswith(".disconnect"):""",
+        ":",
+        MAILBOX,
+    ),
+    Mutant(
+        "who waits for a message is not woken",
+        "mailbox.py",
+        "        self._messages.append(message)\n        self._tell()\n",
+        "        self._messages.append(message)\n",
+        MAILBOX,
+    ),
+    Mutant(
+        "a flag that was set before anybody waited is not set",
+        "flag.py",
+        "            if self._is_set:\n                self._event.set()\n",
+        "",
+        FLAG,
     ),
 )
 
