@@ -337,10 +337,8 @@ def upstream_headers(
     wherever clients put it. `body_size` is the body's length in bytes;
     None means that a body of unknown length follows (chunked) if `head.chunked`, else that there is none.
     """
-    if authorization is None:
-        dropped = _NOT_SENT
-    else:
-        dropped = _NOT_SENT_WITH_KEY if has_key else _NOT_SENT_WITH_OURS
+    replaced = _NOT_SENT_WITH_KEY if has_key else _NOT_SENT_WITH_OURS
+    dropped = _NOT_SENT if authorization is None else replaced
     headers = [(b"Host", host), *_end_to_end(head.headers, dropped)[0]]
     if authorization is not None:
         headers.append((b"Authorization", authorization))
