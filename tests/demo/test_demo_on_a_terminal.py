@@ -113,7 +113,7 @@ def test_it_shows_a_live_page_and_then_the_summary(tmp_path: Path) -> None:
         assert terminal.read(2, lambda output: "─" * 90 in output)
         terminal.process.send_signal(signal.SIGINT)
         last_words = terminal.end()
-    assert "wait p50" in last_words
+    assert "cancelled  open" in last_words
     assert "first come, first served" in last_words
     assert "\x1b" not in last_words
 
@@ -130,7 +130,7 @@ def test_a_paused_terminal_does_not_pause_the_proxy(tmp_path: Path) -> None:
         os.write(terminal.master, RESUME)
         assert terminal.read(2, lambda output: output.count(FRAME) > frames + 1)
         terminal.process.send_signal(signal.SIGTERM)
-        assert "wait p50" in terminal.end()
+        assert "cancelled  open" in terminal.end()
 
 
 def test_a_closed_terminal_ends_it(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_any_size_will_do(tmp_path: Path, columns: int, rows: int) -> None:
     with on_a_terminal(tmp_path, columns, rows) as terminal:
         assert terminal.read(5, lambda output: output.count(FRAME) > 4)
         terminal.process.send_signal(signal.SIGINT)
-        assert "wait p50" in terminal.end()
+        assert "cancelled  open" in terminal.end()
     positions = [int(row) for row in re.findall(r"\x1b\[(\d+)H", terminal.output)]
     assert max(positions) <= rows
     lines = re.findall(r"\x1b\[\d+H(.*?)\x1b\[K", terminal.output)

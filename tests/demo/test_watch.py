@@ -102,6 +102,12 @@ def test_it_is_noted_whom_a_critical_request_overtook(watch: Watch) -> None:
     assert "slots 1/4  queue 3/12 (3 normal)" in status_line(watch.view(1.25))
 
 
+def test_one_other_is_no_others(watch: Watch) -> None:
+    queued(watch, request("normal"))
+    started(watch, queued(watch, request("critical"), 1.0), 1.25, 0.25)
+    assert noted(watch) == [["overtook", "1", "critical", "past", "1", "other", "in", "0.25", "s"]]
+
+
 def test_other_ends_are_noted_with_their_reason(watch: Watch) -> None:
     ended(watch, request("high"), errors.QUEUE_TIMEOUT, waited=8.0)
     for ending in (
@@ -121,11 +127,11 @@ def test_other_ends_are_noted_with_their_reason(watch: Watch) -> None:
         "high waited 8.0 s",
         "high: the upstream hung",
         "high after 8.0 s",
-        "high chat while it ran",
+        "high chat, running",
         "high: the upstream broke off",
         "high: the upstream's error",
         "high: upstream_unreachable",
-        "low reports while it waited",
+        "low reports, waiting",
     ]
     assert {happening.kind for happening in watch.view(9.0).happenings} == {"timed out", "cancelled", "failed"}
     assert status_line(watch.view(9.0)).endswith("served 1  passed through 1")

@@ -144,7 +144,7 @@ _ALL: Final = (
     ),
     Scenario(
         name="stopped",
-        about="clients that ask for a long stream and stop reading: they are cut off, their slots come free",
+        about="clients that stop reading a long stream: they are cut off, their slots come free",
         crowds=(*_crowds(bulk=2.0, reports=0.6, production=0.8, chat=0.6, on_call=0.4), _STOPPED),
         # As long an answer as usual, in more pieces: it fills the buffers of those who do not read within a second.
         upstream=replace(_USUAL, tokens=90, tokens_per_second=150),

@@ -1,8 +1,12 @@
-"""What the demo says at its end: what happened, by level, and what first come, first served would have made of it."""
+"""What the demo says at its end: what happened, by level, and what first come, first served would have made of it.
+
+It is printed on the terminal that the live page was on: no line is wider than an ordinary one's 80 columns.
+"""
 
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 from typing import Final
@@ -15,6 +19,9 @@ from trioproxy.errors import Status
 _USUAL: Final = (Status.COMPLETED, Status.EVICTED, Status.REJECTED, Status.CANCELLED)
 _REFUSED: Final = (Status.EVICTED, Status.REJECTED)
 
+WIDTH: Final = 79
+"""Columns at most; one more, and some terminals begin a new line by themselves."""
+
 
 def summary(watch: Watch, scenario: Scenario) -> str:
     """All that the end says. The watch must have been closed."""
@@ -26,15 +33,14 @@ def summary(watch: Watch, scenario: Scenario) -> str:
 
 
 def table(view: View) -> str:
-    """All that happened, by level, with the times in the queue in milliseconds."""
+    """All that happened, by level. The times in the queue are in the comparison."""
     statuses = [status for status in Status if status in _USUAL or view.total(status)]
     names = ["served" if status is Status.COMPLETED else status.value for status in statuses]
-    rows: list[Sequence[object]] = [("level", "sent", *names, "open", "wait p50", "p99", "max ms")]
+    rows: list[Sequence[object]] = [("level", "sent", *names, "open")]
     for level in view.levels:
-        waits = (_milliseconds(wait) for wait in (level.wait_p50, level.wait_p99, level.wait_max))
         ends = (level.ended.get(status, 0) for status in statuses)
-        rows.append((level.name, level.sent, *ends, level.queued + level.running, *waits))
-    return _columns(rows, 10)
+        rows.append((level.name, level.sent, *ends, level.queued + level.running))
+    return "\n".join(_columns(rows))
 
 
 def reading(view: View) -> str:
@@ -52,11 +58,11 @@ def reading(view: View) -> str:
     ]
     refused = any(level.refused for level in view.levels)
     told = "They were told when to come back, and each try counts as sent. " if refused else ""
-    return (
-        f"{'; '.join(fates)}.\n"
-        f"Evicted or rejected: {'; '.join(turned_away)}.\n"
-        f"{told}What runs is never interrupted:\n"
-        f"even the most urgent request waits until one of {len(view.slots)} slots comes free."
+    return _paragraphs(
+        f"{'; '.join(fates)}.",
+        f"Evicted or rejected: {'; '.join(turned_away)}.",
+        f"{told}What runs is never interrupted: even the most urgent request waits until one of {len(view.slots)} "
+        "slots comes free.",
     )
 
 
@@ -71,16 +77,19 @@ def comparison(records: Sequence[Record], scenario: Scenario, ended: float) -> s
         of_level = [index for index, record in enumerate(records) if record.level == level]
         here, there = _here([records[index] for index in of_level]), _there([replayed[index] for index in of_level])
         rows.append((level, len(of_level), *here, "", *there))
-    over = f"{'':<18}{'by priority, as it was':^32}{'':<8}{'first come, first served':^32}".rstrip()
-    limited = "" if len(records) < RECORDS_MAX else f" Only the first {RECORDS_MAX} arrivals are compared."
-    return (
-        "The same arrivals, had the queue known no priorities:\n\n"
-        f"{over}\n{_columns(rows, 8)}\n\n{_verdict(records, replayed)}\n"
-        "On the right is a calculation: every try at the moment it came, as many slots and places, the same queue\n"
-        "timeout, each holding its slot for as long as it really did, or, if it never had one, for the mean of its\n"
-        "level. Refused clients would have come back at other moments than they did; that is not in it. Waits are\n"
-        f"times in the queue, whatever ended them; no slot: evicted, rejected or timed out in the queue.{limited}"
+    head, *lines = _columns(rows)
+    middle = head.index("no slot") + len("no slot")
+    over = f"{'by priority, as it was':>{middle}}{'first come, first served':>{len(head) - middle}}"
+    limited = f" Only the first {RECORDS_MAX} arrivals are compared." if len(records) >= RECORDS_MAX else ""
+    text = _paragraphs(
+        _verdict(records, replayed),
+        "On the right is a calculation: every try at the moment it came, as many slots and places, the same queue "
+        "timeout, each holding its slot for as long as it really did, or, if it never had one, for the mean of its "
+        "level. Refused clients would have come back at other moments than they did; that is not in it. Waits are "
+        f"times in the queue, whatever ended them; no slot: evicted, rejected or timed out in the queue.{limited}",
     )
+    compared = "\n".join((over, head, *lines))
+    return f"The same arrivals, had the queue known no priorities:\n\n{compared}\n\n{text}"
 
 
 def arrivals(records: Sequence[Record]) -> list[Arrival]:
@@ -114,7 +123,7 @@ def _verdict(records: Sequence[Record], replayed: Sequence[Replayed]) -> str:
     also = f", and {refused} of them would have been rejected" if refused else ""
     return (
         f"Half of the {urgent} ones waited up to {here.percentile(0.5):.2f} s (p99 {here.percentile(0.99):.2f} s); "
-        f"first come, first served\nit would have been {there.percentile(0.5):.2f} s "
+        f"first come, first served it would have been {there.percentile(0.5):.2f} s "
         f"(p99 {there.percentile(0.99):.2f} s){also}."
     )
 
@@ -154,5 +163,17 @@ def _milliseconds(seconds: float) -> object:
     return "-" if math.isnan(seconds) else round(1000 * seconds)
 
 
-def _columns(rows: Sequence[Sequence[object]], width: int) -> str:
-    return "\n".join(f"{row[0]:<9}" + "".join(f"{cell:>{width}}" for cell in row[1:]).rstrip() for row in rows)
+def _paragraphs(*texts: str) -> str:
+    return "\n".join(textwrap.fill(text, WIDTH, break_on_hyphens=False) for text in texts)
+
+
+def _columns(rows: Sequence[Sequence[object]]) -> list[str]:
+    """A line for each row, the columns no wider than they must be, and closer to each other if there is no room."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    gap = 2 if sum(widths) + 2 * (len(widths) - 1) <= WIDTH else 1
+    return [
+        f"{row[0]:<{widths[0]}}"
+        + "".join(f"{cell:>{width + gap}}" for cell, width in zip(row[1:], widths[1:], strict=True))
+        for row in cells
+    ]

@@ -264,10 +264,10 @@ class Watch:
             del self._waiting[event.request]
             counts.queued -= 1
         if who(event.request) == YOU:
-            past = f", past {overtaken} others" if overtaken else ""
+            past = f", past {_others(overtaken)}" if overtaken else ""
             self._note(event.at, YOURS, level, f"{level} got a slot after {event.queue_seconds:.2f} s{past}")
         elif overtaken and level == MOST_URGENT_FIRST[0]:
-            text = f"{level} past {overtaken} others in {event.queue_seconds:.2f} s"
+            text = f"{level} past {_others(overtaken)} in {event.queue_seconds:.2f} s"
             self._note(event.at, OVERTOOK, level, text)
 
     def _ended(self, event: Ended) -> None:
@@ -297,9 +297,7 @@ class Watch:
                 self._note(event.at, TIMED_OUT, level, _timed_out(event, level))
             case Status.CANCELLED:
                 name = who(event.request).rstrip("0123456789").rstrip(".")
-                self._note(
-                    event.at, CANCELLED, level, f"{level} {name} while it {'ran' if event.started else 'waited'}"
-                )
+                self._note(event.at, CANCELLED, level, f"{level} {name}, {'running' if event.started else 'waiting'}")
             case Status.REJECTED:
                 self._note(event.at, REJECTED, level, level)
             case Status.FAILED:
@@ -344,6 +342,10 @@ def told_together(happenings: Iterable[Happening], seconds: float) -> list[tuple
             places[key] = len(told)
             told.append((happening, 1))
     return told
+
+
+def _others(count: int) -> str:
+    return "1 other" if count == 1 else f"{count} others"
 
 
 def _timed_out(event: Ended, level: str) -> str:
