@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hmac
 import json
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
 from io import StringIO
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -23,7 +25,7 @@ from trioproxy import request
 from trioproxy.body import Reading, names_one_model, read_form
 from trioproxy.config import KeySettings, SchedulerSettings
 from trioproxy.errors import INVALID_API_KEY, MODEL_NOT_ALLOWED, PRIORITY_NOT_ALLOWED, ProxyError
-from trioproxy.keys import PREFIX, KeyRing, check_model, digest, new_key, queried_model
+from trioproxy.keys import PREFIX, KeyRing, check_expiry, check_model, digest, new_key, queried_model
 from trioproxy.observe import logs
 
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
@@ -63,7 +65,8 @@ RING = KeyRing(
 def test_a_key_is_known_wherever_clients_put_it(
     fields: list[tuple[str, str]], subprotocols: list[str], name: str
 ) -> None:
-    key = RING.identify(head(headers=fields), subprotocols, NOW)
+    key = RING.identify(head(headers=fields), subprotocols)
+    check_expiry(key, NOW)
     assert key is not None
     assert key.name == name
 
@@ -88,7 +91,7 @@ def test_a_key_is_known_wherever_clients_put_it(
 )
 def test_whoever_has_none_is_not_let_in(fields: list[tuple[str, str]], said: str) -> None:
     with pytest.raises(ProxyError, match=said) as caught:
-        RING.identify(head(headers=fields), [], NOW)
+        check_expiry(RING.identify(head(headers=fields), []), NOW)
     assert caught.value.ending is INVALID_API_KEY
     assert "sk-" not in str(caught.value)
     status, headers, _ = request.refusal(caught.value, "r", 0.5)
@@ -97,7 +100,23 @@ def test_whoever_has_none_is_not_let_in(fields: list[tuple[str, str]], said: str
 
 
 def test_without_keys_everybody_is() -> None:
-    assert KeyRing([]).identify(head(), [], NOW) is None
+    key = KeyRing([]).identify(head(), [])
+    check_expiry(key, NOW)
+    assert key is None
+
+
+def test_every_key_is_compared_whichever_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[bytes] = []
+
+    def compare(known: bytes, said: bytes) -> bool:
+        compared.append(known)
+        return hmac.compare_digest(known, said)
+
+    monkeypatch.setattr("trioproxy.keys.hmac", SimpleNamespace(compare_digest=compare))
+    for said in ("sk-web", "sk-new", "sk-batch"):
+        compared.clear()
+        RING.identify(head(headers=[("api-key", said)]), [])
+        assert len(compared) == 4
 
 
 def test_new_keys_are_long_and_all_different() -> None:
@@ -413,8 +432,12 @@ async def test_names_are_in_the_log_and_in_metrics_and_keys_are_not(upstream: Up
     stream = StringIO()
     writer = logs.configure("debug", "json", None, stream)
     try:
-        async with running_proxy(upstream.url, keys=KEYS) as proxy, trio.open_nursery() as nursery:
+        expired = {"name": "old", "key": "sk-old", "expires": "2020-01-31"}
+        async with running_proxy(upstream.url, keys=[*KEYS, expired]) as proxy, trio.open_nursery() as nursery:
             client = partial(openai.AsyncOpenAI, base_url=f"{proxy.url}/v1", max_retries=0)
+            async with client(api_key="sk-old") as old:
+                with trio.fail_after(5), pytest.raises(openai.AuthenticationError, match="'old' has expired"):
+                    await old.models.list()
             async with client(api_key="sk-web") as web, client(api_key="sk-nobody") as nobody:
                 nursery.start_soon(partial(web.get, "/models", cast_to=httpx.Response))
                 await (await upstream.call()).answer(b'{"object": "list", "data": []}')
@@ -428,12 +451,14 @@ async def test_names_are_in_the_log_and_in_metrics_and_keys_are_not(upstream: Up
             assert sample("openai_proxy_key_requests_total", {**labels, "status": "completed"}) == 1
             assert sample("openai_proxy_key_requests_total", {**labels, "key": "batch", "status": "completed"}) == 0
             assert sample("openai_proxy_key_running", labels) == 0
-            assert sample("openai_proxy_refused_total", {"code": "invalid_api_key"}) == 1
+            assert sample("openai_proxy_refused_total", {"code": "invalid_api_key"}) == 2
     finally:
         writer.close()
     lines = [json.loads(line) for line in stream.getvalue().splitlines()]
     named = {line["event"] for line in lines if line.get("key") == "web"}
     assert named == {"request passed through", "request completed", "request started"}
+    refused = [line.get("key") for line in lines if line["event"] == "request refused"]
+    assert refused == ["old", None], "whose key has expired is known, a stranger's name is not"
     assert "sk-" not in stream.getvalue()
 
 

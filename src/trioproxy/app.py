@@ -34,7 +34,7 @@ from trioproxy.config import KeySettings, Settings
 from trioproxy.connection import Connection, Exchange, Request
 from trioproxy.errors import Headers, ProxyError
 from trioproxy.events import Listener, Publisher, Refused, RequestFacts, ScheduledRequest
-from trioproxy.keys import KeyRing, check_model, queried_model
+from trioproxy.keys import KeyRing, check_expiry, check_model, queried_model
 from trioproxy.observe.logs import RequestLog
 from trioproxy.observe.metrics import Metrics
 from trioproxy.relay import Relay
@@ -192,8 +192,9 @@ class Proxy:
 
     def _identify(self, exchange: Exchange | Handshake, subprotocols: Iterable[str]) -> KeySettings | None:
         """Whose key the request came with; None if there are no keys. Raises `ProxyError`: INVALID_API_KEY."""
-        key = self.keys.identify(exchange.head, subprotocols, datetime.now(UTC))
+        key = self.keys.identify(exchange.head, subprotocols)
         exchange.key_name = None if key is None else key.name
+        check_expiry(key, datetime.now(UTC))
         return key
 
     async def _scheduled(self, exchange: Exchange, key: KeySettings | None) -> Relay:

@@ -41,8 +41,8 @@ class KeyRing:
     def __init__(self, keys: Sequence[KeySettings]) -> None:
         self._by_digest = [(bytes.fromhex(key.sha256), key) for key in keys]
 
-    def identify(self, head: Head, subprotocols: Iterable[str], now: datetime) -> KeySettings | None:
-        """Whose key a request came with; None if there are no keys.
+    def identify(self, head: Head, subprotocols: Iterable[str]) -> KeySettings | None:
+        """Whose key a request came with, expired or not; None if there are no keys.
 
         It stands in `Authorization` (RFC 6750 section 2.1), or, of some clients, in `api-key`, `x-api-key` or a
         WebSocket subprotocol. Raises `ProxyError`: INVALID_API_KEY.
@@ -57,9 +57,6 @@ class KeyRing:
         key = self._find(hashlib.sha256(said.pop()).digest())
         if key is None:
             raise ProxyError(errors.INVALID_API_KEY, reason="The request's API key is not one of this proxy's.")
-        if key.expires is not None and now >= key.expires:
-            reason = f"The API key {key.name!r} has expired, on {key.expires.astimezone(UTC):%Y-%m-%d at %H:%M} UTC."
-            raise ProxyError(errors.INVALID_API_KEY, reason=reason)
         return key
 
     def _find(self, wanted: bytes) -> KeySettings | None:
@@ -83,6 +80,13 @@ def _credentials(head: Head, subprotocols: Iterable[str]) -> Iterator[bytes]:
     for subprotocol in subprotocols:
         if subprotocol.startswith(KEY_SUBPROTOCOL):
             yield subprotocol.removeprefix(KEY_SUBPROTOCOL).encode()
+
+
+def check_expiry(key: KeySettings | None, now: datetime) -> None:
+    """Whether the key may still be used. Raises `ProxyError`: INVALID_API_KEY."""
+    if key is not None and key.expires is not None and now >= key.expires:
+        reason = f"The API key {key.name!r} has expired, on {key.expires.astimezone(UTC):%Y-%m-%d at %H:%M} UTC."
+        raise ProxyError(errors.INVALID_API_KEY, reason=reason)
 
 
 def check_model(key: KeySettings | None, model: str | None) -> None:

@@ -306,7 +306,7 @@ MUTANTS: Final = (
     Mutant(
         "who is no client is told so after the upload",
         "app.py",
-        "key = self.keys.identify(exchange.head, subprotocols, datetime.now(UTC))",
+        "key = self.keys.identify(exchange.head, subprotocols)",
         "key: KeySettings | None = None",
         KEYS,
     ),
