@@ -235,6 +235,6 @@ Options go before [environment variables and the file](settings.md). The simulat
 | exit status | |
 | --- | --- |
 | 0 | ended as it was asked to |
-| 1 | an address cannot be bound |
-| 2 | the configuration or the command line cannot be used; nothing was started |
+| 1 | an address or the control socket cannot be bound; `reload`: no proxy answers there, and nothing was changed |
+| 2 | the configuration or the command line cannot be used; nothing was started, or changed |
 """

@@ -150,7 +150,11 @@ def test_construction_does_not_read_the_environment(monkeypatch: pytest.MonkeyPa
     ],
 )
 def test_an_empty_file_or_section_means_the_defaults(write: Write, content: str) -> None:
-    assert load(write(content), {}) == Settings()
+    file = write(content)
+    assert load(file, {}) == Settings()
+    for environ in ({}, {"TRIOPROXY_CONFIG": str(file), "TRIOPROXY_SCHEDULER__CONCURRENCY": "3"}):
+        with pytest.raises(ConfigError, match="sets nothing"):
+            load(None if environ else file, environ, may_be_empty=False)
 
 
 def test_the_description_of_settings_loads_as_the_same_settings(write: Write) -> None:

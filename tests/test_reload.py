@@ -350,6 +350,24 @@ async def test_a_signal_reloads_and_the_log_says_what_came_of_it(upstream: Upstr
     assert b"sk-web" not in process.output
 
 
+@pytest.mark.parametrize("content", ["", "# scheduler: {concurrency: 3}\n", "upstream:\n", None])
+async def test_a_file_that_has_become_empty_or_is_gone_changes_nothing(tmp_path: Path, content: str | None) -> None:
+    path, control = tmp_path / "proxy.yaml", tmp_path / "control.sock"
+    path.write_text(f"server: {{control_socket: '{control}'}}\nupstream: {{api_key: sk-upstream}}\n")
+    async with serving(path) as process:
+        if content is None:
+            path.unlink()
+        else:
+            path.write_text(content)
+        status, said = await run(*RELOAD, "--socket", str(control))
+        assert status == 2
+        assert said.startswith(
+            f"nothing was changed:\n{path}: {'cannot be read' if content is None else 'sets nothing'}"
+        )
+        process.signal(signal.SIGTERM)
+        assert await process.end() == 0
+
+
 async def test_a_file_that_cannot_be_read_to_its_end_keeps_no_signal_waiting(
     upstream: Upstream, tmp_path: Path
 ) -> None:
@@ -415,6 +433,7 @@ async def test_the_command_reload(tmp_path: Path) -> None:
     assert status == 1
     assert "nothing was changed" in said
     assert "is the proxy running?" in said
+    assert "--socket" in said
     async with serving(path) as process:
         path.write_text(f"{with_socket}scheduler: {{concurrency: 2}}\nlogging: {{format: json}}\n")
         assert await run(*RELOAD, *options) == (0, "changed: scheduler.concurrency\nneeds a restart: logging.format\n")

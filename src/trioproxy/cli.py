@@ -141,7 +141,8 @@ def reload(config_file: Path | None, path: Path | None) -> None:
     try:
         outcome = ask(path)
     except OSError as error:
-        click.echo(f"nothing was changed: {path}: {error.strerror or error}; is the proxy running?", err=True)
+        hint = "is the proxy running? (If it listens elsewhere: --socket PATH.)"
+        click.echo(f"nothing was changed: {path}: {error.strerror or error}; {hint}", err=True)
         sys.exit(1)
     if outcome.error is not None:
         click.echo(f"nothing was changed:\n{outcome.error}", err=True)
@@ -184,7 +185,7 @@ def run(config_file: Path | None, overrides: Mapping[str, object]) -> None:
         reason = f"logging.file: {settings.logging.file} cannot be written: {error.strerror}"
         logs.say_and_exit("the configuration cannot be used", reason, EXIT_UNUSABLE_CONFIGURATION)
     try:
-        status = _serve(settings, writer, lambda: config.load(config_file, overrides=overrides))
+        status = _serve(settings, writer, lambda: config.load(config_file, overrides=overrides, may_be_empty=False))
     finally:
         writer.close()
     sys.exit(status)

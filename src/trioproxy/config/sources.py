@@ -24,11 +24,15 @@ _VARIABLES: Final = {_PREFIX + key.upper().replace(".", "__"): key for key in DO
 _SERVICE_LINK: Final = re.compile(r"TRIOPROXY_(?:SERVICE|PORT)(?:_|$)")
 
 
-def _read_file(path: Path | str, environ: Mapping[str, str], gathered: Gathered, subject: str) -> None:
+def _read_file(
+    path: Path | str, environ: Mapping[str, str], gathered: Gathered, subject: str, *, may_be_empty: bool
+) -> None:
     try:
         if not str(path):
             raise ConfigError("the name of the file is empty")
         ConfigFile(Path(path), environ, gathered).read()
+        if not (may_be_empty or gathered.given or gathered.problems):
+            raise ConfigError("sets nothing, as if it were not written to its end; restart if all defaults are meant")
     except ConfigError as error:
         gathered.problems.append(f"{subject.strip()}: {error}")
 
@@ -136,13 +140,16 @@ def load(
     path: Path | str | None = None,
     environ: Mapping[str, str] = os.environ,
     overrides: Mapping[str, object] | None = None,
+    *,
+    may_be_empty: bool = True,
 ) -> Settings:
     """The settings from the file, the environment and the command line, each winning over the one before.
 
-    Without `path`, the file is what ``TRIOPROXY_CONFIG`` names, if anything. `overrides` go by dotted key. Raises
-    ConfigError, with every problem of every source at once, and nothing else, whatever the sources contain.
+    Without `path`, the file is what ``TRIOPROXY_CONFIG`` names, if anything. `overrides` go by dotted key. A file that
+    sets nothing means all defaults, unless it may not be empty: while it is being written it looks so for a moment.
+    Raises ConfigError, with every problem of every source at once, and nothing else, whatever the sources contain.
     """
-    gathered = _gather(path, environ, overrides)
+    gathered = _gather(path, environ, overrides, may_be_empty=may_be_empty)
     settings = _validated(gathered)
     if settings is not None:
         _check_files(settings, gathered)
@@ -159,7 +166,7 @@ def control_socket(path: Path | str | None = None, environ: Mapping[str, str] = 
     Whoever asks the proxy to reload need not have its environment or be able to read its certificates: the rest is
     judged only if it does not name the socket. Raises ConfigError.
     """
-    given = _gather(path, environ, None).given.get("server.control_socket")
+    given = _gather(path, environ, None, may_be_empty=True).given.get("server.control_socket")
     try:
         known = None if given is None else ServerSettings.model_validate({"control_socket": given.value}).control_socket
     except ValidationError:
@@ -167,13 +174,19 @@ def control_socket(path: Path | str | None = None, environ: Mapping[str, str] = 
     return load(path, environ).server.control_socket if known is None else known
 
 
-def _gather(path: Path | str | None, environ: Mapping[str, str], overrides: Mapping[str, object] | None) -> Gathered:
+def _gather(
+    path: Path | str | None,
+    environ: Mapping[str, str],
+    overrides: Mapping[str, object] | None,
+    *,
+    may_be_empty: bool,
+) -> Gathered:
     gathered = Gathered()
     if path is not None:
-        _read_file(path, environ, gathered, str(path))
+        _read_file(path, environ, gathered, str(path), may_be_empty=may_be_empty)
     elif _FILE_VARIABLE in environ:
         path = environ[_FILE_VARIABLE]
-        _read_file(path, environ, gathered, f"{path} (named by {_FILE_VARIABLE})")
+        _read_file(path, environ, gathered, f"{path} (named by {_FILE_VARIABLE})", may_be_empty=may_be_empty)
     _read_environment(environ, gathered)
     for key, value in (overrides or {}).items():
         if key in DOTTED:
