@@ -15,6 +15,8 @@ import trio
 from documents import DOCS, PROJECT, blocks, follow
 from standins import STAND_INS, VARIABLES, serve
 from trioproxy import config
+from trioproxy.demo.show import Options
+from trioproxy.observe.metrics import KEYS_MAX, OTHER_KEYS
 
 HOW_TO = ("openai", "azure", "vllm", "llama-cpp", "ollama", "open-webui", "priorities", "keys", "reload", "tls")
 PAGES = ["README.md", "docs/tutorial.md", *(f"docs/how-to/{name}.md" for name in HOW_TO)]
@@ -44,6 +46,13 @@ def test_every_page_that_can_be_followed_is_followed() -> None:
     assert marked - WITH_OTHER_CLIENTS == set(PAGES)
 
 
+@pytest.mark.parametrize("name", PAGES)
+def test_no_page_looks_for_its_lines_in_the_demos_log(name: str) -> None:
+    demos = str(Options().log_file)
+    lines = [block.line for block in blocks((PROJECT / name).read_text()) if demos in block.text]
+    assert lines == [], f"whoever has run `trioproxy demo` in this folder finds its lines there: {lines}"
+
+
 @pytest.mark.parametrize("name", sorted(make_reference.PAGES))
 def test_the_reference_says_what_the_code_says(name: str) -> None:
     written = make_reference.read(make_reference.FOLDER / name)
@@ -64,6 +73,11 @@ def test_what_the_reference_lacks_words_for_is_said(monkeypatch: pytest.MonkeyPa
     monkeypatch.delitem(reference_words.MEANINGS, "queue_full")
     with pytest.raises(SystemExit, match="queue_full"):
         make_reference.errors_page()
+
+
+def test_how_many_keys_have_series_of_their_own_is_said() -> None:
+    text = " ".join((DOCS / "how-to" / "keys.md").read_text().split())
+    assert f"Of more than {KEYS_MAX} keys, those beyond share one label, `{OTHER_KEYS}`" in text
 
 
 def test_the_picture_is_what_its_script_draws() -> None:
