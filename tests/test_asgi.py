@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +35,29 @@ async def test_it_serves_and_says_everything_as_json_lines(upstream: Upstream) -
         assert any("Running on" in line["event"] for line in process.lines)
 
 
+async def test_newcomers_are_not_answered_while_it_drains(upstream: Upstream) -> None:
+    bind = f"127.0.0.1:{free_port()}"
+    variables = {"TRIOPROXY_UPSTREAM__BASE_URL": upstream.url, "TRIOPROXY_LOGGING__LEVEL": "debug"}
+    async with (
+        running(*HYPERCORN, bind, "--graceful-timeout", "20", variables=variables) as process,
+        httpx.AsyncClient(base_url=f"http://{bind}", trust_env=False, timeout=20) as client,
+        trio.open_nursery() as nursery,
+    ):
+        await process.line("started")
+        nursery.start_soon(partial(client.post, "/v1/chat/completions", json={}))
+        call = await upstream.call()
+        process.signal(signal.SIGTERM)
+        waits = False
+        with trio.fail_after(10):
+            while not waits:  # Hypercorn takes a moment to tell its worker, and breaks off who comes in that moment
+                with trio.move_on_after(1) as patience, suppress(httpx.TransportError):
+                    assert (await client.get("/ready", headers={"Connection": "close"})).status_code == 200
+                waits = patience.cancelled_caught
+        await call.answer()
+        await process.line("request completed")
+        assert await process.end() == 0
+
+
 async def test_a_second_worker_refuses_to_start() -> None:
     # Hypercorn's own exit status does not tell that a worker failed.
     _, output = await run(*HYPERCORN, f"127.0.0.1:{free_port()}", "--workers", "2")
@@ -54,6 +78,23 @@ async def test_two_masters_do_not_get_in_each_others_way() -> None:
     ):
         await one.line("started")
         await two.line("started")
+
+
+async def test_what_a_hangup_does_is_what_the_documentation_says(tmp_path: Path) -> None:
+    file = tmp_path / "proxy.yaml"
+    file.write_text("scheduler: {concurrency: 3}")
+    bind = f"127.0.0.1:{free_port()}"
+    async with running(*HYPERCORN, bind, variables={"TRIOPROXY_CONFIG": str(file)}) as process:
+        await process.line("started")
+        file.write_text("scheduler: {concurrency: 4}")
+        process.signal(signal.SIGHUP)
+        await process.line("stopped")
+        async with httpx.AsyncClient(base_url=f"http://{bind}", trust_env=False, timeout=20) as client:
+            assert 'openai_proxy_permits{pool="default"} 4.0' in (await client.get("/metrics")).text
+        file.write_text("scheduler: {concurrency: many}")
+        process.signal(signal.SIGHUP)
+        await process.line("the configuration cannot be used")
+        await process.end()
 
 
 async def test_a_wrong_configuration_is_said_without_a_traceback(tmp_path: Path) -> None:
