@@ -134,18 +134,21 @@ def command(name: str, port: int, upstream: str, extra: Sequence[str]) -> tuple[
     bind = f"127.0.0.1:{port}"
     if name == OBVIOUS:
         run = ["-m", "hypercorn", "--worker-class", "trio", "--bind", bind, "--keep-alive", "600", "--backlog", "4096"]
-        return [sys.executable, *run, "obvious:app"], {"UPSTREAM": upstream}, HERE
+        return [sys.executable, *run, *extra, "obvious:app"], {"UPSTREAM": upstream}, HERE
     run = ["-m", "trioproxy", "serve", "--bind", bind, "--upstream", upstream, "--log-format", "json", *extra]
     return [sys.executable, *run], {}, None
 
 
 @asynccontextmanager
-async def running(name: str, upstream: str, *extra: str) -> AsyncIterator[Server]:
-    """A server as a process of its own, its log written to a file that nobody keeps; ended with the block."""
+async def running(name: str, upstream: str, *extra: str, under: Sequence[str] = ()) -> AsyncIterator[Server]:
+    """A server as a process of its own, its log written to a file that nobody keeps; ended with the block.
+
+    `under` goes before its command: a program that runs it.
+    """
     port = free_port()
     arguments, needed, folder = command(name, port, upstream, extra)
     process = await trio.lowlevel.open_process(
-        arguments,
+        [*under, *arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
