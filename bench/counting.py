@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final
 
 import trio
-from parts import EVENT, OBVIOUS, Server, Upstream, ask, running
+from parts import EVENT, HERE, OBVIOUS, Server, Upstream, ask, running
 
 from support import CHUNKED, LAST_CHUNK, chunk
 
@@ -26,6 +26,9 @@ CLOCKS: Final = re.compile(r"clock_gettime|gettimeofday|time")
 
 LOCKS: Final = re.compile(r"\w*(futex|lll_lock|pthread_|sem_)\w*")
 """With these threads wait for each other: how often, depends on how they happen to meet."""
+
+STEADY: Final = HERE / "steady"
+"""What the server imports first."""
 
 COMMAND_SECONDS_MAX: Final = 60.0
 LOOK_SECONDS: Final = 0.0005
@@ -160,7 +163,7 @@ async def counting(name: str) -> AsyncIterator[Counting]:
         file = Path(folder) / "dump"
         callgrind = ["valgrind", "--tool=callgrind", "--instr-atstart=no", "--collect-systime=yes"]
         written = ["--compress-strings=no", "--compress-pos=no", "--dump-line=no", f"--callgrind-out-file={file}"]
-        under = ["env", "PYTHONHASHSEED=0", *callgrind, *written]
+        under = ["env", "PYTHONHASHSEED=0", f"PYTHONPATH={STEADY}", *callgrind, *written]
         extra = ("--workers", "0") if name == OBVIOUS else ()  # in one process: valgrind does not follow into another
         async with trio.open_nursery() as nursery:
             await nursery.start(upstream.serve)

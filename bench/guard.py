@@ -35,10 +35,10 @@ SYSTEM_CALLS_SLACK: Final = 0.5
 """How many there may be more or less: one more for each request or chunk is seen."""
 
 BATCHES: Final = 3
-WARM: Final = 5
+WARM: Final = 10
 
 
-REQUESTS: Final[Mapping[str, int]] = {"json": 15, "steps 1": 15, "steps 21": 8, "burst 1": 15, "burst 201": 5}
+REQUESTS: Final[Mapping[str, int]] = {"json": 8, "steps 1": 8, "steps 21": 4, "burst 1": 8, "burst 201": 2}
 """Kinds of requests (`StepByStep`), and how many make a batch."""
 
 
