@@ -1,8 +1,8 @@
 """Counts what a server does, by valgrind's callgrind: instructions, and system calls by name.
 
-Counts hardly depend on what else the machine does. For them to be the same each time, everything goes in step: the
-client sends its next request, and the upstream its next piece, only when the server sleeps, so that the server is never
-surprised at its work and always reads the same pieces.
+Counts do not depend on what else the machine does. For them to be the same each time, everything goes in step: the
+client sends its next request, and the upstream its next piece, only when the server sleeps, so that the server always
+reads the same pieces, at the same places.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 import re
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Final
 
 import trio
@@ -31,6 +32,7 @@ STEADY: Final = HERE / "steady"
 """What the server imports first."""
 
 COMMAND_SECONDS_MAX: Final = 60.0
+BATCH_SECONDS_MAX: Final = 120.0
 LOOK_SECONDS: Final = 0.0005
 
 
@@ -39,7 +41,7 @@ class Count:
     """What was counted, for one request, chunk or whatever it was divided by."""
 
     instructions: float = 0.0
-    calls: Counter[str] = field(default_factory=Counter)
+    calls: Mapping[str, float] = field(default_factory=dict)
     """System calls by the names of the functions that make them, readings of the clock and locks included."""
 
     @property
@@ -49,13 +51,19 @@ class Count:
 
     def less(self, other: Count) -> Count:
         """What this did beyond the other."""
-        calls = Counter(self.calls)
-        calls.subtract(other.calls)
+        calls = {name: self.calls.get(name, 0) - other.calls.get(name, 0) for name in {**self.calls, **other.calls}}
         return Count(self.instructions - other.instructions, calls)
 
     def each(self, units: int) -> Count:
         """One unit's share."""
-        return Count(self.instructions / units, Counter({name: n / units for name, n in self.calls.items()}))
+        return Count(self.instructions / units, {name: n / units for name, n in self.calls.items()})
+
+
+def typical(counts: Sequence[Count]) -> Count:
+    """The median of each number."""
+    names = {name for count in counts for name in count.calls}
+    calls = {name: median(count.calls.get(name, 0) for count in counts) for name in names}
+    return Count(median(count.instructions for count in counts), calls)
 
 
 def read_dump(text: str) -> Count:
@@ -126,20 +134,21 @@ class Counting:
         await self._command("instrumentation", "on")
 
     async def count(self, kind: str, requests: int, batches: int) -> Count:
-        """One request's share: the median of some batches, for a timer or a collection of garbage falls into one."""
+        """One request's share: the median of some batches, for a timer may fall into one."""
         await self._ask(kind, 1)
         await self._dump()
         counts = []
         for _ in range(batches):
             await self._ask(kind, requests)
             counts.append((await self._dump()).each(requests))
-        return sorted(counts, key=lambda count: count.instructions)[batches // 2]
+        return typical(counts)
 
     async def _ask(self, kind: str, requests: int) -> None:
-        for _ in range(requests):
+        with trio.fail_after(BATCH_SECONDS_MAX):
+            for _ in range(requests):
+                await self._upstream.server_sleeps()
+                await ask(self._client, kind)
             await self._upstream.server_sleeps()
-            await ask(self._client, kind)
-        await self._upstream.server_sleeps()
 
     async def _dump(self) -> Count:
         """What was counted since the last time."""

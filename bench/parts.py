@@ -27,6 +27,10 @@ ANSWER: Final = b'{"object": "chat.completion", "padding": "' + b"x" * 980 + b'"
 REQUEST_BODY: Final = b'{"model": "gpt-sim", "messages": [{"role": "user", "content": "' + b"x" * 950 + b'"}]}'
 
 
+START_SECONDS_MAX: Final = 120.0
+"""How long a server may take, under valgrind on a busy machine too."""
+
+
 class Upstream:
     """Answers as the header `X-Bench` says: `json`; `paced N` or `burst N` events; `hold` until released."""
 
@@ -179,7 +183,7 @@ def worker_of(pid: int) -> int:
 
 async def accepting(port: int, process: trio.Process) -> None:
     """Wait until somebody listens at the port."""
-    with trio.fail_after(30):
+    with trio.fail_after(START_SECONDS_MAX):
         while process.poll() is None:
             try:
                 await (await trio.open_tcp_stream("127.0.0.1", port)).aclose()

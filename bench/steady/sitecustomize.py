@@ -12,7 +12,7 @@ from time import perf_counter
 import trio._core._run as run
 
 SLOWER = 100
-"""About as much as counting slows the server down: timers then fall into requests as seldom as they otherwise do."""
+"""Counting slows the server down by nearly as much: timers must not fall into more requests than they do elsewhere."""
 
 
 class SlowClock(run.SystemClock):
