@@ -67,23 +67,33 @@ def clients(session: nox.Session) -> None:
     session.run("pytest", "docs/tests", *session.posargs)
 
 
-def prometheus(session: nox.Session) -> str:
-    """The search path with `prometheus` and `promtool` on it: the machine's, else Debian's, unpacked only."""
-    if shutil.which("prometheus") and shutil.which("promtool"):
-        return os.environ["PATH"]
-    folder = Path(session.create_tmp()) / "prometheus"
-    programs = folder / "usr" / "bin"
-    if not programs.exists():
+def unpacked(session: nox.Session, package: str, *programs: str, otherwise: str) -> Path | None:
+    """A folder with Debian's package in it, only unpacked; none if the machine has the programs itself."""
+    if all(shutil.which(program) for program in programs):
+        return None
+    folder = (Path(session.create_tmp()) / package).resolve()
+    if not (folder / "usr").exists():
         if not shutil.which("apt-get"):
-            session.error("prometheus and promtool are missing: install Prometheus, 2.42 or newer")
+            session.error(f"{' or '.join(programs)} is missing: {otherwise}")
         folder.mkdir(exist_ok=True)
         with session.chdir(folder):
             if os.geteuid() == 0:
                 session.run("apt-get", "-q", "update", external=True)
-            session.run("apt-get", "-q", "download", "prometheus", external=True)
-            (package,) = Path().glob("*.deb")
-            session.run("dpkg-deb", "--extract", str(package), ".", external=True)
-    return f"{programs.resolve()}{os.pathsep}{os.environ['PATH']}"
+            session.run("apt-get", "-q", "download", package, external=True)
+            (file,) = Path().glob("*.deb")
+            session.run("dpkg-deb", "--extract", str(file), ".", external=True)
+    return folder
+
+
+def with_programs(folder: Path) -> str:
+    """The search path with the programs of an unpacked package first."""
+    return f"{folder / 'usr' / 'bin'}{os.pathsep}{os.environ['PATH']}"
+
+
+def prometheus(session: nox.Session) -> str:
+    """The search path with `prometheus` and `promtool` on it: the machine's, else Debian's."""
+    folder = unpacked(session, "prometheus", "prometheus", "promtool", otherwise="install Prometheus, 2.42 or newer")
+    return with_programs(folder) if folder else os.environ["PATH"]
 
 
 @nox.session
@@ -117,6 +127,20 @@ def bench(session: nox.Session) -> None:
     """The quick benchmarks: some minutes, ratios to the obvious proxy; ``-- --write`` puts them into the docs."""
     session.install("-e", ".", *group("tests"))
     session.run("python", "bench/report.py", *session.posargs)
+
+
+def valgrind(session: nox.Session) -> dict[str, str]:
+    """What the environment needs for `valgrind` and `vgdb`: nothing if the machine has them, else Debian's."""
+    folder = unpacked(session, "valgrind", "valgrind", "vgdb", otherwise="install valgrind")
+    return {"PATH": with_programs(folder), "VALGRIND_LIB": str(folder / "usr/libexec/valgrind")} if folder else {}
+
+
+@nox.session
+def guard(session: nox.Session) -> None:
+    """What a request costs, counted by valgrind, beside what is kept in bench/guard.json; ``-- --write`` keeps it."""
+    env = valgrind(session)
+    session.install("-e", ".", *group("tests"))
+    session.run("python", "bench/guard.py", *session.posargs, env=env)
 
 
 @nox.session
