@@ -187,6 +187,35 @@ async def test_a_trickled_head_does_not_extend_the_first_byte_timeout(autojump_c
     assert (client.answer.status, client.answer.code) == (504, "upstream_timeout")
 
 
+async def test_the_next_request_begins_before_the_last_answer_is_finished(
+    autojump_clock: MockClock, house: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    h = house(scheduler={"concurrency": 1})
+    order: list[str] = []
+    opened = h.proxy.upstream.open
+
+    def open_upstream(*arguments: Any, **options: Any) -> Any:
+        order.append("upstream is called")
+        return opened(*arguments, **options)
+
+    monkeypatch.setattr(h.proxy.upstream, "open", open_upstream)
+    first = h.client()
+
+    async def reads() -> None:
+        order.append("client is told")
+
+    first.reads = reads
+    h.nursery.start_soon(first.post)
+    call = await h.upstream.call()
+    second = h.send()
+    await trio.sleep(1)
+    await call.answer()
+    await (await h.upstream.call()).answer()
+    await second.answer.done.wait()
+    assert order == ["upstream is called", "client is told", "upstream is called", "client is told"]
+    h.assert_settled()
+
+
 async def test_idle_timeout_breaks_the_answer_off(autojump_clock: MockClock, house: Build) -> None:
     h = house(upstream={"idle_timeout": 4})
     client = h.send()

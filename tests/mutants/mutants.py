@@ -1216,6 +1216,13 @@ MUTANTS: Final = (
         "",
         ("demo/test_scenarios.py",),
     ),
+    Mutant(
+        "an answer is finished before the next request begins",
+        "relay.py",
+        "if slot.is_wanted:",
+        "if False:",
+        RELAY,
+    ),
     # -- What a request costs while nothing goes on --
     Mutant(
         "a connection is not idle after its last exchange",

@@ -26,13 +26,15 @@ class Slot:
     Whoever holds it says how it went before that.
     """
 
-    __slots__ = ("_scheduler", "ending", "progress", "queue_seconds", "request")
+    __slots__ = ("_scheduler", "ending", "is_wanted", "progress", "queue_seconds", "request")
 
     def __init__(self, scheduler: Scheduler, request: ScheduledRequest) -> None:
         self.request: Final = request
         self.queue_seconds = 0.0
         self.ending: Ending | None = None
         """How the request ends if the slot's block is left without an exception; it must be set by then."""
+        self.is_wanted = False
+        """Whether, once it was given back, somebody who waited has got it, or another one."""
         self.progress: Progress
         self._scheduler = scheduler
 
@@ -179,7 +181,8 @@ class Scheduler:
     def _give_back(self, slot: Slot) -> None:
         ending = slot.ending or errors.INTERNAL_ERROR
         try:
-            self._carry_out(self._core.finish(slot.request, trio.current_time(), ending, slot.progress))
+            events = self._carry_out(self._core.finish(slot.request, trio.current_time(), ending, slot.progress))
+            slot.is_wanted = len(events) > 1
         finally:
             self._present -= 1
 
