@@ -8,8 +8,9 @@ import re
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -31,6 +32,7 @@ EVENT_BYTES: Final = 250
 """About as long as one event of a streamed chat completion."""
 
 PACE_SECONDS: Final = 0.01
+STAY_PACE_SECONDS: Final = 0.05
 RECEIVE_MAX: Final = 262_144
 START_SECONDS_MAX: Final = 90.0
 _KIND: Final = re.compile(rb"bench (\w+)((?: \d+)*);")
@@ -63,15 +65,15 @@ class Upstream:
     `json` at once, `hold` once released, `wait MS` after so many milliseconds; a stream of `paced N MS` events so far
     apart, or of `burst N` events at once; `stay ID` and `silent ID` stream or say nothing until the caller has gone.
 
-    With `slots` it answers at most so many requests at once. The others wait, in the order in which they came; or are
-    refused with a 429, if there is no `line`.
+    With `slots`, at most so many of `wait` are served at once. The others stand in line, in the order in which they
+    came, as before a GPU; or are refused with a 429, if there is no `line`, as by a quota.
     """
 
     def __init__(self, slots: int = 1_000_000, *, line: bool = True) -> None:
         self.url = ""
         self.released = trio.Event()
-        self.left: dict[int, float] = {}
-        """When the callers of `stay` and `silent` had gone, by ID."""
+        self.left = defaultdict[int, trio.Event](trio.Event)
+        """Set once the caller of `stay` or `silent` has gone, by ID."""
         self._slots = trio.Semaphore(slots)
         self._line = line
 
@@ -107,46 +109,46 @@ class Upstream:
             pass
 
     async def _answer(self, stream: trio.SocketStream, kind: str, numbers: list[int]) -> None:
+        match kind, numbers:
+            case "hold", _:
+                await self.released.wait()
+                await stream.send_all(whole(200, ANSWER))
+            case "wait", [milliseconds]:
+                await stream.send_all(await self._after(milliseconds / 1000))
+            case "burst", [count]:
+                await stream.send_all(CHUNKED + b"".join(EVENTS[:count]) + STREAM_END)
+            case "paced", [count, *rest]:
+                await stream.send_all(CHUNKED)
+                await _paced(stream, count, rest[0] / 1000 if rest else PACE_SECONDS)
+                await stream.send_all(STREAM_END)
+            case (("stay" | "silent"), [number]):
+                await self._until_left(stream, number, talking=kind == "stay")
+            case _:
+                await stream.send_all(whole(200, ANSWER))
+
+    async def _after(self, seconds: float) -> bytes:
+        """The answer, once a slot was had for so long; the slot is free again before the answer leaves."""
         if not self._line and not self._slots.value:
-            await stream.send_all(whole(429, BUSY))
-            return
+            return whole(429, BUSY)
         async with self._slots:
-            match kind, numbers:
-                case "hold", _:
-                    await self.released.wait()
-                    await stream.send_all(whole(200, ANSWER))
-                case "wait", [milliseconds]:
-                    await trio.sleep(milliseconds / 1000)
-                    await stream.send_all(whole(200, ANSWER))
-                case "burst", [count]:
-                    await stream.send_all(CHUNKED + b"".join(EVENTS[:count]) + STREAM_END)
-                case "paced", [count, *rest]:
-                    await stream.send_all(CHUNKED)
-                    await _paced(stream, count, rest[0] / 1000 if rest else PACE_SECONDS)
-                    await stream.send_all(STREAM_END)
-                case (("stay" | "silent"), [number]):
-                    await self._until_left(stream, number, talking=kind == "stay")
-                case _:
-                    await stream.send_all(whole(200, ANSWER))
+            await trio.sleep(seconds)
+        return whole(200, ANSWER)
 
     async def _until_left(self, stream: trio.SocketStream, number: int, *, talking: bool) -> None:
-        """Serve a caller for as long as it stays, and write down when it left."""
+        """Serve a caller for as long as it stays, and tell when it has left."""
 
         async def talk() -> None:
-            try:
+            with suppress(trio.BrokenResourceError):
                 await stream.send_all(CHUNKED)
-                await _paced(stream, len(EVENTS), PACE_SECONDS)
-            except trio.BrokenResourceError:
-                pass
+                await _paced(stream, len(EVENTS), STAY_PACE_SECONDS)
 
         async with trio.open_nursery() as nursery:
             if talking:
                 nursery.start_soon(talk)
-            try:
+            with suppress(trio.BrokenResourceError):
                 await stream.receive_some(1)
-            finally:
-                self.left[number] = trio.current_time()
-                nursery.cancel_scope.cancel()
+            self.left[number].set()
+            nursery.cancel_scope.cancel()
         raise trio.BrokenResourceError
 
 

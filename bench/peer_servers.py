@@ -193,6 +193,7 @@ defaults
   timeout server 600s
   retries 0
   option abortonclose
+  option http-no-delay
   http-reuse always
 listen model
   bind 127.0.0.1:{port} backlog 4096
@@ -201,7 +202,9 @@ listen model
 
 
 def haproxy(site: Site) -> Launch:
-    """One thread; calls of clients that have left are given up (`abortonclose`, which is off by default)."""
+    """One thread; what its manual has for such work, and is off by default: `abortonclose`, so that calls of clients
+    that have left are given up, and `http-no-delay`, without which events of a stream wait for one another.
+    """
     config = site.write("haproxy.cfg", HAPROXY.format(port=site.port, upstream_port=site.upstream_port))
     return Launch([str(site.program), "-db", "-f", config])
 
