@@ -6,8 +6,8 @@ a ratio or a difference is made within a round; medians count, and the range sta
 
     python bench/peers.py --rounds 5 --write
 
-`nox -s peers` installs the peers first. Takes about nine minutes on a quiet machine; no part goes on for much longer on a busy one. The exit status is 1 if trioproxy needs more than
-a twentieth of LiteLLM's CPU, or if an urgent request is refused.
+`nox -s peers` installs the peers first. Takes about nine minutes; on a busy machine there are fewer rounds. The exit
+status is 1 if trioproxy needs more than a twentieth of LiteLLM's CPU, or if an urgent request is refused.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from statistics import median
 
 import charts
@@ -203,7 +202,7 @@ def main() -> None:
     for peer in PEERS:
         said = f"instead of {peer.program} on the search path"
         parser.add_argument(f"--{peer.name.lower()}", metavar="PROGRAM", help=said)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    results.add_option(parser)
     parser.add_argument("--write", action="store_true", help="keep the figures, and put them into page and charts")
     parser.add_argument("--note", default="", help="something that must be known beside the figures")
     options = parser.parse_args()

@@ -6,6 +6,7 @@ FILE`; the files that the documentation's charts were drawn from are kept in `be
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -128,6 +129,11 @@ class Results:
     def good(self) -> bool:
         """Whether all marks are reached."""
         return all(each.good for each in self.figures)
+
+
+def add_option(parser: argparse.ArgumentParser) -> None:
+    """Let a benchmark be told where to write its figures."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
 
 
 def results(
