@@ -1,8 +1,8 @@
 """The peers: how each is found, set up to do what trioproxy does, and started. What to measure is `peers.py`'s.
 
 Each forwards `POST /v1/chat/completions` to the bench's upstream, listens on the loopback interface alone, has one
-process (nginx and HAProxy: one thread), keeps its connections to the upstream, passes streams on as they come, tries
-once, and calls nobody else. What its documentation recommends for that is set, what it does by default is left.
+process (nginx and HAProxy: one thread), keeps its connections to the upstream, passes streams on as they come, and
+calls nobody else. What its documentation recommends for that is set, what it does by default is left.
 """
 
 from __future__ import annotations
@@ -93,16 +93,14 @@ LITELLM_ENVIRONMENT: Final = {
 
 
 def litellm(site: Site) -> Launch:
-    """No database, no retries, and its only deployment is never put aside; it does not start without a key."""
+    """No database; it does not start without a key. What is refused it tries again, as it does by default."""
     settings = {
         "model_list": [
             {
                 "model_name": MODEL,
                 "litellm_params": {"model": f"openai/{MODEL}", "api_base": site.upstream, "api_key": "none"},
             }
-        ],
-        "litellm_settings": {"num_retries": 0, "request_timeout": 600},
-        "router_settings": {"num_retries": 0, "disable_cooldowns": True},
+        ]
     }
     config = site.write("litellm.yaml", json.dumps(settings))  # JSON is YAML
     key = f"sk-{secrets.token_hex(32)}"
