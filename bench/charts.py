@@ -108,7 +108,7 @@ class Scale:
 def step_of(length: float) -> float:
     """A round number that goes some four to ten times into a length."""
     power = 10.0 ** math.floor(math.log10(length))
-    return next(power * factor for factor in (0.1, 0.2, 0.5, 1.0) if length / (power * factor) <= 8)
+    return next(power * factor for factor in (0.2, 0.5, 1.0, 2.0) if length / (power * factor) <= 8)
 
 
 def scale_of(chart: Chart) -> Scale:
@@ -223,12 +223,15 @@ def chart(
     return Chart(title, unit, tuple(made), found.conditions.line(), log) if made else None
 
 
+RATIO: Final = (
+    "CPU, as a ratio to the obvious proxy's; its own is to that of the round before, and so the machine's noise"
+)
 URGENT_PARTS: Final = ("urgent, the upstream queues", "urgent, the upstream refuses")
 
 CHARTS: Final[dict[str, tuple[str, Callable[[Results], Chart | None]]]] = {
     "bench-cpu": (
         "relay",
-        lambda found: chart(found, "What relaying costs", "CPU, as a ratio to the obvious proxy's", ["cpu"]),
+        lambda found: chart(found, "What relaying costs", RATIO, ["cpu"]),
     ),
     "bench-memory": (
         "waiting",
@@ -264,7 +267,7 @@ CHARTS: Final[dict[str, tuple[str, Callable[[Results], Chart | None]]]] = {
         lambda found: chart(
             found,
             "Streams without a stall",
-            f"share of {STREAMS} streams at once that never stood still for {STALL_MS} ms, more is better",
+            f"% of {STREAMS} streams at once that never stood still for {STALL_MS} ms, more is better",
             ["streams"],
         ),
     ),

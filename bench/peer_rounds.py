@@ -135,7 +135,7 @@ async def rate(target: Target) -> Round:
 
 
 async def streams_without_stall(target: Target) -> Round:
-    """The share of many streams at once that never stood still for long and came to their end."""
+    """The percentage of many streams at once that never stood still for long and came to their end."""
     smooth = 0
 
     async def client(stream: trio.SocketStream) -> None:
@@ -150,7 +150,7 @@ async def streams_without_stall(target: Target) -> Round:
                     nursery.start_soon(client, stream)
                     await trio.sleep(0.005)
     await settled(target.server)
-    return {"streams without a stall": smooth / STREAMS}
+    return {"streams without a stall": 100 * smooth / STREAMS}
 
 
 async def reclaim(target: Target, upstream: Upstream) -> dict[str, list[float]]:

@@ -33,7 +33,7 @@ PARTS: Final = {
     "first token, absolute": "without a proxy, ms",
     "rate": f"requests a second against an upstream that takes {SERVICE_MS} ms, {RATE_CONNECTIONS} connections",
     "streams": (
-        f"share of {STREAMS} streams at once ({STREAM_EVENTS} events, {STREAM_PACE_MS} ms apart) that never stood "
+        f"% of {STREAMS} streams at once ({STREAM_EVENTS} events, {STREAM_PACE_MS} ms apart) that never stood "
         f"still for more than {STALL_MS} ms"
     ),
     "reclaim": f"from a client's leaving to the end of its upstream call, {RECLAIMS} clients, ms",

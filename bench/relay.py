@@ -80,7 +80,7 @@ async def compare(rounds: int, tell: Callable[[str], object]) -> list[Figure]:
                 ratios = [own / other for other, own in pairs]
                 against_itself = [second / first for (first, _), (second, _) in pairwise(pairs)]
                 ours_of_it = figure(ratios, part="cpu", what=work.name, who=OURS, unit="ratio", at_most=work.gate)
-                itself = figure(against_itself, part="cpu, noise", what=work.name, who=OBVIOUS, unit="ratio")
+                itself = figure(against_itself, part="cpu", what=work.name, who=OBVIOUS, unit="ratio")
                 alone = [1e6 * other for other, _ in pairs]
                 absolute = figure(alone, part="cpu, absolute", what=work.name, who=OBVIOUS, unit="µs")
                 figures += [ours_of_it, itself, absolute]

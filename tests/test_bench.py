@@ -225,6 +225,7 @@ def test_scales() -> None:
     assert logarithmic.ticks() == [0.01, 0.1, 1.0, 10.0]
     assert logarithmic.x(0.01) == charts.LEFT == logarithmic.x(0)
     assert logarithmic.x(10) == charts.LEFT + charts.PLOT == logarithmic.x(11)
+    assert all(2 <= length / charts.step_of(length) <= 8 for length in (0.009, 0.1, 0.75, 0.9, 1, 5, 8.5, 99, 3_000))
     linear = charts.Scale(0, 50, log=False)
     assert linear.ticks() == [0, 10, 20, 30, 40, 50]
     assert linear.x(25) == charts.LEFT + charts.PLOT / 2
