@@ -33,7 +33,8 @@ GROUP: Final = 30
 FOOT: Final = 52
 
 STYLE: Final = """
-text { font: 12px system-ui, -apple-system, "Segoe UI", sans-serif; fill: #1f2328 }
+text { font: 12px system-ui, -apple-system, "Segoe UI", sans-serif; fill: #1f2328;
+  paint-order: stroke; stroke: #ffffff; stroke-width: 3px }
 .title { font-size: 16px; font-weight: 600 }
 .unit, .foot, .tick { fill: #59636e }
 .foot, .tick { font-size: 11px }
@@ -166,7 +167,7 @@ def _group(group: Group, scale: Scale, top: float) -> list[str]:
         x, end = scale.x(group.mark), top + GROUP + ROW * len(group.bars)
         drawn.append(f'<line class="mark" x1="{x:.1f}" y1="{top + GROUP - 4:.0f}" x2="{x:.1f}" y2="{end:.0f}"/>')
         drawn.append(f'<text class="marked" x="{x + 4:.1f}" y="{top + 20:.0f}">{escape(group.mark_text)}</text>')
-    return drawn
+    return sorted(drawn, key=lambda each: each.startswith("<text"))  # nothing is drawn over a text
 
 
 def _bar(bar: Bar, scale: Scale, top: float) -> list[str]:
@@ -202,11 +203,9 @@ def groups(figures: Sequence[Figure]) -> tuple[Group, ...]:
     for what in dict.fromkeys(each.what for each in figures):
         own = [each for each in figures if each.what == what]
         bars = tuple(Bar(each.who, each.value, cell(each), each.low, each.high) for each in own)
-        marks = [mark for each in own for mark in (each.at_most, each.at_least) if mark is not None]
-        text = (
-            f"at {'most' if any(each.at_most is not None for each in own) else 'least'} {marks[0]:g}" if marks else ""
-        )
-        made.append(Group(what, bars, marks[0] if marks else None, text))
+        most = [each.at_most for each in own if each.at_most]  # at most 0 needs no line
+        mark = most[0] if most else None
+        made.append(Group(what, bars, mark, "" if mark is None else f"at most {mark:g}"))
     return tuple(made)
 
 
@@ -286,8 +285,8 @@ CHARTS: Final[dict[str, tuple[str, Callable[[Results], Chart | None]]]] = {
         lambda found: chart(
             found,
             "How long urgent requests wait, the background being twice of what can be served",
-            "seconds, mean of those that were answered, less is better",
-            URGENT_PARTS,
+            "seconds, before an upstream that serves in the order of arrival, less is better",
+            URGENT_PARTS[:1],
             "mean wait",
             log=True,
         ),
