@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -141,6 +142,67 @@ def guard(session: nox.Session) -> None:
     env = valgrind(session)
     session.install("-e", ".", *group("tests"))
     session.run("python", "bench/guard.py", *session.posargs, env=env)
+
+
+def python_peer(session: nox.Session, folder: Path) -> str:
+    """LiteLLM's proxy in an environment of its own: it has other opinions on versions than trioproxy."""
+    if not (folder / "bin" / "python").exists():
+        session.run("python", "-m", "venv", str(folder))
+    python = str(folder / "bin" / "python")
+    session.run(python, "-m", "pip", "install", "-q", *group("litellm"), external=True, success_codes=range(256))
+    return str(folder / "bin")
+
+
+PORTKEY = {
+    "private": True,
+    "dependencies": {"@portkey-ai/gateway": "^1.15.2"},
+    # With a newer one each of its streams ends in "TypeError: immutable".
+    "overrides": {"@hono/node-server": "1.14.1"},
+}
+
+
+def node_peer(session: nox.Session, folder: Path) -> str:
+    """Portkey's gateway, from npm."""
+    folder.mkdir(exist_ok=True)
+    (folder / "package.json").write_text(json.dumps(PORTKEY), "utf-8")
+    command = ["npm", "install", "--silent", "--no-audit", "--no-fund", "--ignore-scripts", "--prefix", str(folder)]
+    session.run(*command, external=True, success_codes=range(256))
+    return str(folder / "node_modules" / ".bin")
+
+
+def debian_peers(session: nox.Session, folder: Path) -> list[str]:
+    """nginx and HAProxy with the libraries that are missing here: Debian's, unpacked only."""
+    if not (folder / "usr").exists() and shutil.which("apt-get"):
+        (folder / "partial").mkdir(parents=True, exist_ok=True)
+        if os.geteuid() == 0:
+            session.run("apt-get", "-q", "update", external=True, success_codes=range(256))
+        options = ["--download-only", "--no-install-recommends", "-o", "Debug::NoLocking=1"]
+        options += ["-o", f"Dir::Cache::archives={folder}"]
+        command = ["apt-get", "-q", "-y", *options, "install", "nginx", "haproxy"]
+        session.run(*command, external=True, success_codes=range(256))
+        for package in folder.glob("*.deb"):
+            session.run("dpkg-deb", "--extract", str(package), str(folder), external=True, silent=True)
+    return [str(folder / "usr" / "sbin")]
+
+
+@nox.session
+def peers(session: nox.Session) -> None:
+    """trioproxy beside LiteLLM, Portkey, nginx and HAProxy: ten minutes; ``-- --write`` puts it into the docs.
+
+    What cannot be installed is left out by name.
+    """
+    session.install("-e", ".", *group("tests"))
+    if not shutil.which("node"):
+        session.install(*group("node"))
+    tmp = Path(session.create_tmp()).resolve()
+    paths = [str(Path(session.bin).resolve()), os.environ["PATH"], node_peer(session, tmp / "portkey")]
+    paths.append(python_peer(session, tmp / "litellm"))  # behind the session's own python
+    variables = {}
+    if not (shutil.which("nginx") and shutil.which("haproxy")):
+        paths += debian_peers(session, tmp / "debian")
+        libraries = [str(folder) for folder in (tmp / "debian" / "usr" / "lib").glob("*-linux-gnu*")]
+        variables["LD_LIBRARY_PATH"] = os.pathsep.join([*libraries, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])])
+    session.run("python", "bench/peers.py", *session.posargs, env={"PATH": os.pathsep.join(paths), **variables})
 
 
 @nox.session

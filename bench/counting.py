@@ -18,9 +18,9 @@ from statistics import median
 from typing import Final
 
 import trio
-from parts import EVENT, HERE, OBVIOUS, Server, Upstream, ask, running
+from parts import EVENTS, HERE, OBVIOUS, STREAM_END, Server, Upstream, ask, running
 
-from support import CHUNKED, LAST_CHUNK, chunk
+from support import CHUNKED
 
 CLOCKS: Final = re.compile(r"clock_gettime|gettimeofday|time")
 """Valgrind makes system calls of these, which they are not elsewhere."""
@@ -107,12 +107,12 @@ class StepByStep(Upstream):
         while not asleep(self.pid):  # noqa: ASYNC110 - another process, which says nothing
             await trio.sleep(LOOK_SECONDS)
 
-    async def _answer(self, stream: trio.SocketStream, kind: bytes, count: int) -> None:
+    async def _answer(self, stream: trio.SocketStream, kind: str, numbers: list[int]) -> None:
         await self.server_sleeps()
-        if kind != b"steps":
-            await super()._answer(stream, kind, count)
+        if kind != "steps":
+            await super()._answer(stream, kind, numbers)
             return
-        for piece in (CHUNKED, *[chunk(EVENT)] * count, LAST_CHUNK):
+        for piece in (CHUNKED, *EVENTS[: numbers[0]], STREAM_END):
             await stream.send_all(piece)
             await self.server_sleeps()
 

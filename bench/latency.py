@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 import trio
 from parts import OBVIOUS, OURS, Upstream, ask, running, spread
+from results import Figure, add_option, figure, results, save
 
 SECONDS = 6.0
 ROUNDS_MAX = 50
@@ -48,31 +49,33 @@ def percentile(values: Sequence[float], share: float) -> float:
     return 1000 * values[min(int(share * len(values)), len(values) - 1)]
 
 
-async def measure(rounds: int, rate: float, tell: Callable[[str], object]) -> None:
+async def measure(rounds: int, rate: float, tell: Callable[[str], object]) -> list[Figure]:
     """Run everything and tell what came of it."""
-    upstream, chance = Upstream(), random.Random(1)
+    upstream, chance, figures = Upstream(), random.Random(1), list[Figure]()
     async with trio.open_nursery() as nursery:
         await nursery.start(upstream.serve)
-        direct = int(upstream.url.rpartition(":")[2].partition("/")[0])
         extra = ("--concurrency", "64", "--max-queue", "100")
         async with running(OBVIOUS, upstream.url) as obvious, running(OURS, upstream.url, *extra) as ours:
-            ports = {"the upstream itself": direct, OBVIOUS: obvious.port, OURS: ours.port}
-            results: dict[str, list[list[float]]] = {name: [] for name in ports}
+            ports = {"the upstream itself": upstream.port, OBVIOUS: obvious.port, OURS: ours.port}
+            taken_by: dict[str, list[list[float]]] = {name: [] for name in ports}
             for number in range(rounds + 1):
                 arrivals = [0.0]
                 while arrivals[-1] < SECONDS:
                     arrivals.append(arrivals[-1] + chance.expovariate(rate))
                 for name, port in ports.items():
                     taken = await times(port, arrivals)
-                    results[name] += [taken] if number else []  # the first round warms up
+                    taken_by[name] += [taken] if number else []  # the first round warms up
         nursery.cancel_scope.cancel()
     for share, label in ((0.5, "p50"), (0.99, "p99")):
-        own, *proxies = results.items()
+        own, *proxies = taken_by.items()
         alone = [percentile(taken, share) for taken in own[1]]
+        figures.append(figure(alone, part="time", what=label, who=own[0], unit="ms"))
         tell(f"{label} of {own[0]}: {spread(alone)} ms, at {rate:g} requests a second")
         for name, rounds_of in proxies:
             added = [percentile(taken, share) - base for taken, base in zip(rounds_of, alone, strict=True)]
+            figures.append(figure(added, part="added time", what=label, who=name, unit="ms"))
             tell(f"{label} that {name} adds: {spread(added)} ms")
+    return figures
 
 
 def main() -> None:
@@ -80,10 +83,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5, help="rounds, each with all three (%(default)s)")
     parser.add_argument("--rate", type=float, default=50.0, help="requests a second (%(default)g)")
+    add_option(parser)
     options = parser.parse_args()
     if not 1 <= options.rounds <= ROUNDS_MAX or not 1 <= options.rate <= RATE_MAX:
         parser.error(f"--rounds: from 1 to {ROUNDS_MAX}; --rate: from 1 to {RATE_MAX:g}")
-    trio.run(measure, options.rounds, options.rate, print)
+    save(options.json, results(trio.run(measure, options.rounds, options.rate, print)))
 
 
 if __name__ == "__main__":

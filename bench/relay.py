@@ -18,6 +18,7 @@ from statistics import median
 
 import trio
 from parts import OBVIOUS, OURS, Server, Upstream, ask, running, spread
+from results import Figure, add_option, figure, results, save
 
 CONNECTIONS = 16
 ROUNDS_MAX = 100
@@ -65,9 +66,9 @@ async def round_of(server: Server, work: Work) -> float:
     return used / work.units
 
 
-async def compare(rounds: int, tell: Callable[[str], object]) -> bool:
-    """Run everything; whether all gates are passed."""
-    upstream, passed = Upstream(), True
+async def compare(rounds: int, tell: Callable[[str], object]) -> list[Figure]:
+    """Run everything, and tell what came of it."""
+    upstream, figures = Upstream(), list[Figure]()
     async with trio.open_nursery() as nursery:
         await nursery.start(upstream.serve)
         extra = ("--concurrency", "64", "--max-queue", "100")
@@ -78,25 +79,32 @@ async def compare(rounds: int, tell: Callable[[str], object]) -> bool:
                 pairs = [(await round_of(obvious, work), await round_of(ours, work)) for _ in range(rounds)]
                 ratios = [own / other for other, own in pairs]
                 against_itself = [second / first for (first, _), (second, _) in pairwise(pairs)]
-                good = median(ratios) <= work.gate
-                passed &= good
+                ours_of_it = figure(ratios, part="cpu", what=work.name, who=OURS, unit="ratio", at_most=work.gate)
+                itself = figure(against_itself, part="cpu", what=work.name, who=OBVIOUS, unit="ratio")
+                alone = [1e6 * other for other, _ in pairs]
+                absolute = figure(alone, part="cpu, absolute", what=work.name, who=OBVIOUS, unit="µs")
+                figures += [ours_of_it, itself, absolute]
+                noise = f"the obvious proxy against itself: {spread(against_itself)}"
                 tell(
                     f"{work.name:26} {spread(ratios)} of the obvious proxy's "
-                    f"{1e6 * median(other for other, _ in pairs):.0f} µs; at most {work.gate}: "
-                    f"{'ok' if good else 'MISSED'}   (the obvious proxy against itself: {spread(against_itself)})"
+                    f"{median(alone):.0f} µs; at most {work.gate}: "
+                    f"{'ok' if ours_of_it.good else 'MISSED'}   ({noise})"
                 )
         nursery.cancel_scope.cancel()
-    return passed
+    return figures
 
 
 def main() -> None:
     """Read the options, run, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=8, help="pairs of rounds for each kind of work (%(default)s)")
+    add_option(parser)
     options = parser.parse_args()
     if not 2 <= options.rounds <= ROUNDS_MAX:
         parser.error(f"--rounds: from 2 to {ROUNDS_MAX}")
-    sys.exit(not trio.run(compare, options.rounds, print))
+    found = results(trio.run(compare, options.rounds, print))
+    save(options.json, found)
+    sys.exit(not found.good)
 
 
 if __name__ == "__main__":

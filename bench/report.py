@@ -1,25 +1,24 @@
-"""The quick benchmarks one after the other: printed, and with `--write` put into `docs/performance.md`.
+"""The quick benchmarks one after the other: printed, with `--write` put into `docs/performance.md` and charts.
 
     python bench/report.py --write
 
-They take some minutes. What misses its mark is shown, not failed: these are figures, not tests.
+They take some minutes. What misses its mark is shown, not failed: these are figures, not tests. The figures are also
+kept as files: in `bench/results` with `--write`, else in `build/bench`.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import subprocess
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
+import charts
+from results import KEPT, PAGE, between, conditions
+
 HERE: Final = Path(__file__).resolve().parent
-PAGE: Final = HERE.parent / "docs" / "performance.md"
-BEGIN: Final = "<!-- figures: written by bench/report.py -->\n"
-END: Final = "<!-- end of the figures -->\n"
+BUILD: Final = HERE.parent / "build" / "bench"
 
 QUICK: Final = (
     ("What relaying costs", "relay.py", "--rounds", "5"),
@@ -33,12 +32,13 @@ QUICK: Final = (
 SCRIPT_SECONDS_MAX: Final = 600.0
 
 
-def run(title: str, script: str, *arguments: str) -> str:
-    """One benchmark: its figures as a section of the page. Everything is printed as well."""
+def run(folder: Path, title: str, script: str, *arguments: str) -> str:
+    """One benchmark: its figures into that folder, and as a section of the page. Everything is printed as well."""
+    file = folder / Path(script).with_suffix(".json").name
     sys.stdout.write(f"\n{title} ({' '.join(('bench/' + script, *arguments))})\n")
     sys.stdout.flush()
     done = subprocess.run(
-        [sys.executable, str(HERE / script), *arguments],
+        [sys.executable, str(HERE / script), *arguments, "--json", str(file)],
         check=False,
         stdout=subprocess.PIPE,
         text=True,
@@ -51,27 +51,16 @@ def run(title: str, script: str, *arguments: str) -> str:
     return f"### {title}\n\n`{command}`\n\n```text\n{done.stdout.rstrip()}\n```\n"
 
 
-def conditions() -> str:
-    """Where and when: a paragraph for the page."""
-    asked = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(asked, check=False, cwd=HERE, capture_output=True, text=True).stdout
-    return (
-        f"Measured on {datetime.now(UTC):%Y-%m-%d}, Python {platform.python_version()}, {os.cpu_count()} cores "
-        f"({platform.machine()}), Linux, at commit {commit.strip() or 'unknown'}; upstream, clients and proxies share "
-        "the machine.\n"
-    )
-
-
 def main() -> None:
-    """Run all, and write the page if asked to."""
+    """Run all, and write page and charts if asked to."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--write", action="store_true", help=f"put the figures into {PAGE.name}")
+    parser.add_argument("--write", action="store_true", help=f"put the figures into {PAGE.name} and the charts")
     options = parser.parse_args()
-    sections = [run(*each) for each in QUICK]
+    sections = [run(KEPT if options.write else BUILD, *each) for each in QUICK]
     if options.write:
-        before, _, rest = PAGE.read_text("utf-8").partition(BEGIN)
-        _, _, after = rest.partition(END)
-        PAGE.write_text(before + BEGIN + "\n" + "\n".join([conditions(), *sections]) + "\n" + END + after, "utf-8")
+        written = "\n".join([conditions().paragraph(), *sections])
+        PAGE.write_text(between(PAGE.read_text("utf-8"), "figures", written), "utf-8")
+        charts.draw()
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ from pathlib import Path
 from statistics import fmean
 
 import trio
+from parts import OURS
+from results import Figure, add_option, results, save
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "scheduler"))
@@ -120,6 +122,18 @@ def report(options: argparse.Namespace, found: Figures, visits: list[Visit], ups
     return all(good.values())
 
 
+def handed_over(found: Figures) -> list[Figure]:
+    """The main figures, for whoever wants to draw them."""
+    mean, busy = found.wait_seconds_mean, found.busy_share
+    return [
+        Figure(part="wait", what="mean wait", who="an ideal queue", unit="s", value=found.ideal_wait_seconds_mean),
+        Figure(part="wait", what="mean wait", who=OURS, unit="s", value=mean),
+        Figure(part="ratio", what="mean wait", who=OURS, unit="ideal ones", value=found.ratio, at_most=RATIO_MAX),
+        Figure(part="busy", what="slots busy", who=OURS, unit="share", value=busy, at_least=BUSY_SHARE_MIN),
+        Figure(part="refused", what="urgent refused", who=OURS, unit="", value=found.urgent_refused, at_most=0),
+    ]
+
+
 def main() -> None:
     """Read the options, run, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -128,12 +142,14 @@ def main() -> None:
     parser.add_argument("--places", type=int, default=50, help="how many may wait (%(default)s)")
     parser.add_argument("--service", type=float, default=0.5, help="the mean service time in seconds (%(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="another number is another run (%(default)s)")
+    add_option(parser)
     options = parser.parse_args()
     if not 0 < options.seconds <= SECONDS_MAX:
         parser.error(f"--seconds: more than 0, at most {SECONDS_MAX:g}")
     if options.slots < 1 or options.places < 1 or options.service <= 0:
         parser.error("--slots, --places and --service: more than 0")
     found, visits, upstream = trio.run(measure, options)
+    save(options.json, results(handed_over(found)))
     sys.exit(not report(options, found, visits, upstream))
 
 

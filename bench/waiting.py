@@ -17,6 +17,7 @@ from statistics import median
 
 import trio
 from parts import OBVIOUS, OURS, Server, Upstream, request, running
+from results import Figure, add_option, figure, results, save
 
 KILOBYTES_MAX = 34.0
 WAITING_MAX = 20_000
@@ -44,7 +45,7 @@ async def waiting(server: Server, count: int, upstream: Upstream) -> tuple[float
     return kilobytes, seconds
 
 
-async def started(name: str, tell: Callable[[str], object]) -> None:
+async def started(name: str, tell: Callable[[str], object]) -> list[Figure]:
     """Tell how long the start takes, and what is needed at rest."""
     seconds, memory = [], 0
     for _ in range(STARTS):
@@ -53,13 +54,15 @@ async def started(name: str, tell: Callable[[str], object]) -> None:
             seconds.append(trio.current_time() - began)
             memory = server.memory_bytes()
     tell(f"{name:18} starts in {median(seconds):.2f} s, needs {memory / 1e6:.0f} MB at rest")
+    rest = Figure(part="start", what="memory at rest", who=name, unit="MB", value=memory / 1e6)
+    return [figure(seconds, part="start", what="start", who=name, unit="s"), rest]
 
 
-async def measure(counts: list[int], tell: Callable[[str], object]) -> bool:
-    """Run everything; whether each waiting request needs little enough."""
-    passed = True
+async def measure(counts: list[int], tell: Callable[[str], object]) -> list[Figure]:
+    """Run everything, and tell what came of it."""
+    figures: list[Figure] = []
     for name in (OBVIOUS, OURS):
-        await started(name, tell)
+        figures += await started(name, tell)
     for count in counts:
         for name in (OBVIOUS, OURS):
             upstream = Upstream()
@@ -69,17 +72,19 @@ async def measure(counts: list[int], tell: Callable[[str], object]) -> bool:
                 async with running(name, upstream.url, *extra) as server:
                     kilobytes, seconds = await waiting(server, count, upstream)
                 nursery.cancel_scope.cancel()
-            good = name == OBVIOUS or kilobytes <= KILOBYTES_MAX
-            passed &= good
-            verdict = "" if name == OBVIOUS else f"; at most {KILOBYTES_MAX:g}: {'ok' if good else 'MISSED'}"
+            mark, what = (None if name == OBVIOUS else KILOBYTES_MAX), f"{count:,} waiting"
+            each = Figure(part="memory", what=what, who=name, unit="KB", value=kilobytes, at_most=mark)
+            figures.append(each)
+            verdict = "" if mark is None else f"; at most {mark:g}: {'ok' if each.good else 'MISSED'}"
             tell(f"{name:18} {count:6d} waiting: {kilobytes:.1f} KB each, all there after {seconds:.1f} s{verdict}")
-    return passed
+    return figures
 
 
 def main() -> None:
     """Read the options, run, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--waiting", type=int, nargs="+", default=[2_000, 10_000], help="how many wait (%(default)s)")
+    add_option(parser)
     options = parser.parse_args()
     if not all(1 <= count <= WAITING_MAX for count in options.waiting):
         parser.error(f"--waiting: from 1 to {WAITING_MAX}")
@@ -88,7 +93,9 @@ def main() -> None:
     if hard != resource.RLIM_INFINITY and hard < needed:
         parser.error(f"--waiting: needs {needed} open files, the limit is {hard} (ulimit -Hn)")
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, needed), hard))
-    sys.exit(not trio.run(partial(measure, options.waiting, print)))
+    found = results(trio.run(partial(measure, options.waiting, print)))
+    save(options.json, found)
+    sys.exit(not found.good)
 
 
 if __name__ == "__main__":
