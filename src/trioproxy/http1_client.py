@@ -67,6 +67,8 @@ class Connection:
         """What of it belongs to the body, and has not been read."""
         self._usable = False
         """Whether there may be another request after this one."""
+        self._is_new = True
+        """Whether this is the connection's first request."""
 
     async def ask(self, method: str, target: bytes, headers: Headers, body: Body, timing: Timing) -> Head:
         """Send a request and wait for the head of its answer. `headers` say how long the body is, if there is one.
@@ -76,11 +78,11 @@ class Connection:
         has reached the upstream's kernel may have been acted on (RFC 9110 section 9.2.2).
         Raises `UnsendableError`, `ProtocolError` and httpcore's network errors and timeouts.
         """
-        self._body, self._ready, self._usable = http1.UnsizedBody(), b"", False
+        self._body, self._ready, self._usable, self._is_new = http1.UnsizedBody(), b"", False, False
         head = http1.request_head(method, target, headers)
         size = http1.upload_size(headers)
         if self.stream is not None and self.stream.get_extra_info("is_readable"):
-            await self.aclose()  # there is nothing that could have come but its end
+            await self.aclose()  # its end has come, or more than the last answer
         if kept := self.stream:
             kept.begin()
             try:
@@ -91,6 +93,7 @@ class Connection:
                 if not kept.untouched or not body.rewind():
                     raise
         timing.connecting()
+        self._is_new = True
         stream = await self._open()
         answer = await self._attempt(stream, head, method, body, size, timing)
         await give_turns()
@@ -129,12 +132,13 @@ class Connection:
     def is_kept(self) -> bool:
         """Whether another request can be made on this connection, now that the answer is whole.
 
-        Not if more has come than the answer, if only that it was the last one (RFC 9112 section 9.2).
+        Not if more has come than the answer, if only that it was the last one (RFC 9112 section 9.2). `ask` looks, too;
+        here it is for servers that speak before they are asked.
         """
         body, stream = self._body, self.stream
         if not self._usable or not self.whole or body.has_rest or stream is None:
             return False
-        return not stream.at_end and not stream.get_extra_info("is_readable")
+        return not stream.at_end and not (self._is_new and stream.get_extra_info("is_readable"))
 
     async def aclose(self) -> None:
         """Close the connection, without notice and without waiting."""

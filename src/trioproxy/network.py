@@ -48,8 +48,8 @@ class _Transport(trio.abc.Stream):
         """Whether reading waits until something comes; else it raises `trio.WouldBlock`."""
         self.sends_until = math.inf
         """When sending is given up."""
-        self.has_sent = False
-        """Whether the kernel has taken anything."""
+        self.sent = 0
+        """How many bytes the kernel has taken."""
         self.socket: Final = stream.socket if isinstance(stream, trio.SocketStream) else None
         self._stream = stream
         self._stopped = False
@@ -65,14 +65,14 @@ class _Transport(trio.abc.Stream):
         if self._stopped:
             return
         sent = 0 if self.socket is None else sockets.send_at_once(self.socket, data)
-        self.has_sent = self.has_sent or sent > 0
+        self.sent += sent
         if rest := memoryview(data)[sent:]:
             with trio.CancelScope(deadline=self.sends_until) as self._sending:
                 await self._stream.send_all(rest)
             if self._sending.cancelled_caught and not self._stopped:
                 raise httpcore.WriteTimeout
             self._sending = None
-        self.has_sent = True
+            self.sent += len(rest)
 
     async def wait_send_all_might_not_block(self) -> None:
         await self._stream.wait_send_all_might_not_block()
@@ -100,15 +100,16 @@ class Stream(httpcore.AsyncNetworkStream):
         self._transport: Final = _Transport(stream)
         self._over: trio.abc.Stream = self._transport
         """What is written to and read from."""
-        self._acked: int | None = None
+        self._sent_before = 0
+        self._acked_at_first = self._bytes_acked()
         self._heard = False
         self._write_error: httpcore.WriteError | None = None
 
     def begin(self) -> None:
         """Another request is about to be sent."""
-        self.untouched = self._heard = self._transport.has_sent = False
+        self.untouched = self._heard = False
         self._write_error = None
-        self._acked = self._bytes_acked()
+        self._sent_before = self._transport.sent
 
     async def read(self, max_bytes: int = READ_SIZE, timeout: float | None = None) -> bytes:
         """What has come: all of it, up to about `max_bytes`. Waits until there is something; b"" at the end."""
@@ -171,17 +172,24 @@ class Stream(httpcore.AsyncNetworkStream):
         a reset alone may come from a server that has read the request and not acknowledged it yet.
         """
         if not self._heard:
-            self.untouched = await self._was_refused(error) if self._transport.has_sent else error is not None
+            has_sent = self._transport.sent > self._sent_before
+            self.untouched = await self._was_refused(error) if has_sent else error is not None
 
     async def _was_refused(self, error: Exception | None) -> bool:
         number = _error_number(self._write_error or error)
         for _ in range(_REFUSAL_CHECKS):
-            if number or self._acked is None or self._bytes_acked() != self._acked:
+            if number or not self._nothing_is_acknowledged:
                 break
             await trio.sleep(_REFUSAL_SECONDS / _REFUSAL_CHECKS)
             if self._transport.socket is not None:
                 number = self._transport.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        return number == errno.EPIPE and self._bytes_acked() == self._acked
+        return number == errno.EPIPE and self._nothing_is_acknowledged
+
+    @property
+    def _nothing_is_acknowledged(self) -> bool:
+        """Of the last request; whatever was sent before has been answered."""
+        acked = self._bytes_acked()
+        return acked is not None and acked - (self._acked_at_first or 0) == self._sent_before
 
     def _bytes_acked(self) -> int | None:
         """How much the other side's kernel has acknowledged so far; None where that cannot be known."""
