@@ -187,6 +187,30 @@ async def test_a_trickled_head_does_not_extend_the_first_byte_timeout(autojump_c
     assert (client.answer.status, client.answer.code) == (504, "upstream_timeout")
 
 
+@pytest.mark.parametrize("limit", [99.5, 100, 600])
+async def test_a_long_limit_is_kept_within_some_seconds(autojump_clock: MockClock, house: Build, limit: float) -> None:
+    h = house(upstream={"first_byte_timeout": limit, "idle_timeout": limit})
+    await h.nursery.start(h.proxy.housekeeping)
+    never_answered = h.send()
+    first = await h.upstream.call()
+    begun = h.send()
+    second = await h.upstream.call()
+    for piece in (CHUNKED, chunk(b"x"), chunk(b"y")):
+        await second.send(piece)
+        await trio.sleep(limit - 1)
+    await never_answered.answer.done.wait()
+    await begun.answer.done.wait()
+    (first_ended, second_ended) = h.recorder.ended
+    assert limit <= first_ended.total_seconds <= limit + 5
+    assert 3 * (limit - 1) <= second_ended.total_seconds - 1 <= 3 * (limit - 1) + 5
+    assert (never_answered.answer.status, never_answered.answer.code) == (504, "upstream_timeout")
+    assert f"within {limit:g} s (upstream.first_byte_timeout)" in never_answered.answer.body.decode()
+    assert (begun.answer.status, begun.answer.whole) == (200, False)
+    await first.gone.wait()
+    await second.gone.wait()
+    h.assert_settled()
+
+
 async def test_the_next_request_begins_before_the_last_answer_is_finished(
     autojump_clock: MockClock, house: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,18 +256,20 @@ async def test_idle_timeout_breaks_the_answer_off(autojump_clock: MockClock, hou
     h.assert_settled()
 
 
+@pytest.mark.parametrize("limit", [4, 200])
 async def test_idle_timeout_does_not_count_the_time_that_the_client_takes(
-    autojump_clock: MockClock, house: Build
+    autojump_clock: MockClock, house: Build, limit: float
 ) -> None:
-    h = house(upstream={"idle_timeout": 4})
+    h = house(upstream={"idle_timeout": limit})
+    await h.nursery.start(h.proxy.housekeeping)
     client = h.client()
-    client.reads = partial(trio.sleep, 20)
+    client.reads = partial(trio.sleep, 5 * limit)
     h.nursery.start_soon(client.post)
     call = await h.upstream.call()
     await call.send(CHUNKED + chunk(b"a"))
     await trio.sleep(1)
     await call.send(chunk(b"b"))  # read when the client has taken the first one, and given to it meanwhile
-    await trio.sleep(50)
+    await trio.sleep(12 * limit)
     await call.send(LAST_CHUNK)
     await client.answer.done.wait()
     assert client.answer.whole

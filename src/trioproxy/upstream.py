@@ -35,6 +35,11 @@ KNOWN_OUT_SECONDS: Final = 10.0
 """How long a failed attempt to connect counts as knowledge that the upstream is out."""
 
 
+COARSE_SECONDS_MIN: Final = 100.0
+"""Limits from here on are kept by a look at all calls now and then: to set a scope's deadline for each piece of a
+stream, and to take it back while the client is written to, costs as much as reading the piece."""
+
+
 class _Phases:
     """The time limits of one call, on one cancel scope: one phase is under way at a time, the whole goes on beside."""
 
@@ -46,16 +51,25 @@ class _Phases:
         self._settings = settings
         self._request_timeout = request_timeout
         self._ends = math.inf if request_timeout is None else self.began + request_timeout
+        self._due = math.inf
         self._setting = ""
         self._limit = math.inf
 
     def enter(self, setting: str, limit: float) -> None:
         """From now on at most `limit` seconds, by the setting of that name."""
         self._setting, self._limit = setting, limit
-        self.scope.deadline = min(trio.current_time() + limit, self._ends)
+        self._due = trio.current_time() + limit
+        if limit < COARSE_SECONDS_MIN:
+            self.scope.deadline = min(self._due, self._ends)
+
+    def end_overdue(self, now: float) -> None:
+        """End the call if its limit has passed; for limits that the scope does not keep."""
+        if now >= self._due:
+            self.scope.cancel(reason=self._setting)
 
     def leave(self) -> None:
         """Wait for nothing in particular."""
+        self._due = math.inf
         if self.scope.deadline != self._ends:
             self.scope.deadline = self._ends
 
@@ -218,7 +232,7 @@ class Upstream:
         """What the upstream's certificate is checked against, and which one is shown to it."""
         self._new_connection: Final = _connections(self._url, self.tls, settings, self._forward_proxy, dial)
         self._idle: deque[tuple[Connection, float]] = deque()
-        self._busy = 0
+        self._calls: set[_Phases] = set()
         self._unreachable_at = -math.inf
 
     def reconfigure(self, settings: UpstreamSettings) -> None:
@@ -244,7 +258,7 @@ class Upstream:
         """
         settings = self._settings
         phases = _Phases(settings, None if switches else settings.request_timeout)
-        self._busy += 1
+        self._calls.add(phases)
         connection = self._take()
         try:
             with phases.scope:
@@ -260,14 +274,17 @@ class Upstream:
             if phases.scope.cancelled_caught:
                 raise phases.error(str(self._url))
         finally:
-            self._busy -= 1
+            self._calls.discard(phases)
             progress.upstream_seconds = phases.seconds
             progress.upstream_whole = connection.whole
             await self._give_back(connection)
 
     async def close_expired(self) -> None:
-        """Close the connections that have been idle for longer than `upstream.keep_alive_expiry`."""
-        oldest = trio.current_time() - self._settings.keep_alive_expiry
+        """End the calls whose limit has passed, and close what has been idle for `upstream.keep_alive_expiry`."""
+        now = trio.current_time()
+        for phases in list(self._calls):
+            phases.end_overdue(now)
+        oldest = now - self._settings.keep_alive_expiry
         while self._idle and self._idle[0][1] < oldest:
             await self._idle.popleft()[0].aclose()
 
@@ -308,7 +325,7 @@ class Upstream:
         return len(self._idle)
 
     def __repr__(self) -> str:
-        return f"<Upstream {self._url}: {self._busy} calls, {len(self._idle)} idle connections>"
+        return f"<Upstream {self._url}: {len(self._calls)} calls, {len(self._idle)} idle connections>"
 
     def _take(self) -> Connection:
         """The connection that was used last, or a new one. It opens itself anew if the upstream has closed it."""

@@ -692,6 +692,20 @@ MUTANTS: Final = (
         RELAY,
     ),
     Mutant(
+        "a long limit is kept by nobody",
+        "upstream.py",
+        "            phases.end_overdue(now)\n",
+        "            pass\n",
+        RELAY,
+    ),
+    Mutant(
+        "a long limit goes on while the client takes its time",
+        "upstream.py",
+        "        self._due = math.inf\n        if self",
+        "        if self",
+        RELAY,
+    ),
+    Mutant(
         "the idle timeout counts the time that the client takes",
         "upstream.py",
         "finally:\n            self._phases.leave()",
