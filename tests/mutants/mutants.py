@@ -278,8 +278,8 @@ MUTANTS: Final = (
     Mutant(
         "a client key reaches the upstream by another field",
         "request.py",
-        "dropped |= _CREDENTIALS | OTHER_CREDENTIALS if has_key else _CREDENTIALS",
-        "dropped |= _CREDENTIALS",
+        "replaced = _NOT_SENT_WITH_KEY if has_key else _NOT_SENT_WITH_OURS",
+        "replaced = _NOT_SENT_WITH_OURS",
         KEYS,
     ),
     Mutant(
@@ -372,26 +372,28 @@ MUTANTS: Final = (
     Mutant(
         "release forgotten when the slot's block is left by an exception",
         "scheduler/runtime.py",
-        """finally:
-                now =""",
-        """else:
-                now =""",
+        """            self.ending = _ending_of(error)
+        self._sch""",
+        """            self.ending = _ending_of(error)
+            return
+        self._sch""",
         RUNTIME,
     ),
     Mutant(
         "released twice when the slot's block is left by an exception",
         "scheduler/runtime.py",
-        "slot.ending = _ending_of(error)\n",
-        """slot.ending = _ending_of(error)
-                self._carry_out(self._core.finish(request, trio.current_time(), slot.ending, slot.progress))
+        """            self.ending = _ending_of(error)
+""",
+        """            self.ending = _ending_of(error)
+            self._scheduler._give_back(self)
 """,
         RUNTIME,
     ),
     Mutant(
         "a finished request's successor is not woken",
         "scheduler/runtime.py",
-        "self._carry_out(self._core.finish(request, now,",
-        "list(self._core.finish(request, now,",
+        "self._carry_out(self._core.finish(slot.request,",
+        "list(self._core.finish(slot.request,",
         RUNTIME,
     ),
     Mutant(
@@ -559,9 +561,11 @@ MUTANTS: Final = (
         "the slot is held until the client has the last piece",
         "relay.py",
         """_status(slot.progress.upstream_status)
-        await client.finish(last)""",
+        if slot.is_wanted""",
         """_status(slot.progress.upstream_status)
-            await client.finish(last)""",
+            await client.finish(last)
+            last = b""
+        if slot.is_wanted""",
         RELAY,
     ),
     Mutant(
@@ -715,8 +719,8 @@ MUTANTS: Final = (
     Mutant(
         "each phase begins the request's timeout anew",
         "upstream.py",
-        "self.scope.deadline = min(trio.current_time() + limit, self._ends)",
-        "self.scope.deadline = trio.current_time() + limit",
+        "self.scope.deadline = min(self._due, self._ends)",
+        "self.scope.deadline = self._due",
         RELAY,
     ),
     Mutant(
@@ -815,15 +819,22 @@ MUTANTS: Final = (
     Mutant(
         "a request is sent again though the upstream may have acted on it",
         "network.py",
-        "return number == errno.EPIPE and self._bytes_acked() == self._acked",
+        "return number == errno.EPIPE and self._nothing_is_acknowledged",
         "return True",
         FAILING,
     ),
     Mutant(
         "a request on a connection that was closed is not sent again",
         "network.py",
-        "self.untouched = await self._was_refused(error) if self._transport.has_sent else error is not None",
+        "self.untouched = await self._was_refused(error) if has_sent else error is not None",
         "pass",
+        FAILING,
+    ),
+    Mutant(
+        "what earlier requests had acknowledged is taken for this one's",
+        "network.py",
+        "self._sent_before = self._transport.sent\n",
+        "self._sent_before = 0\n",
         FAILING,
     ),
     Mutant(
@@ -1033,8 +1044,8 @@ MUTANTS: Final = (
     Mutant(
         "our own header fields are forwarded",
         "request.py",
-        "dropped = OURS | _SET_ANEW",
-        "dropped = _SET_ANEW",
+        "_NOT_SENT: Final = HOP_BY_HOP | OURS | _SET_ANEW",
+        "_NOT_SENT: Final = HOP_BY_HOP | _SET_ANEW",
         REQUEST,
     ),
     Mutant(
