@@ -165,6 +165,17 @@ async def test_a_closed_socket_is_a_broken_one() -> None:
     theirs.close()
 
 
+async def test_what_comes_when_the_connection_is_about_to_end_begins_nothing() -> None:
+    guard, client = await pair()
+    async with client:
+        await client.send_all(b"GET ")
+        assert await guard.receive_some() == b"GET "
+        guard.scope.cancel(reason="idle for too long")
+        await client.send_all(b"/")
+        assert await guard.receive_some() == b""
+        await guard.aclose()
+
+
 async def pair() -> tuple[GuardedStream, trio.SocketStream]:
     """A guarded socket and the client's end of it."""
     ours, theirs = socket.socketpair()

@@ -64,7 +64,8 @@ ROOMS: dict[str, set[str]] = {
     "websocket": {"request", "scheduler", "upload", "upstream", "websocket_upstream", "errors", "events"},
     "websocket_connection": {"connection", "websocket", "websocket_upstream", "request", "errors"},
     "mailbox": set(),
-    "protocols": {"errors", "mailbox", "request"},  # what the server makes of Hypercorn's
+    "http1_server": {"http1"},
+    "protocols": {"errors", "http1_server", "mailbox", "request"},  # what the server makes of Hypercorn's
     "reload": {"config", "server"},
     "server": {"config", "app", "connection", "errors", "flag", "protocols", "sockets"},
     "observe": {"events", "errors", "priority"},

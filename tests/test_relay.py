@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,7 +14,9 @@ from trio.testing import MockClock
 
 from memory import House
 from support import CHUNKED, LAST_CHUNK, chunk
+from trioproxy.config import UpstreamSettings
 from trioproxy.errors import Status
+from trioproxy.upstream import _Phases
 
 ONE_SLOT: dict[str, Any] = {"concurrency": 1, "max_queue": 2, "queue_timeout": 300}
 
@@ -185,6 +188,34 @@ async def test_a_trickled_head_does_not_extend_the_first_byte_timeout(autojump_c
     await client.answer.done.wait()
     assert trio.current_time() == pytest.approx(7)
     assert (client.answer.status, client.answer.code) == (504, "upstream_timeout")
+
+
+@pytest.mark.parametrize("connect_timeout", [10, 100])
+async def test_request_timeout_covers_connecting(
+    autojump_clock: MockClock, house: Build, connect_timeout: float
+) -> None:
+    h = house(upstream={"request_timeout": 2, "connect_timeout": connect_timeout})
+    h.upstream.accept = trio.sleep_forever
+    client = h.client()
+    with trio.fail_after(50):
+        await client.post()
+    assert trio.current_time() == 2
+    assert (client.answer.status, client.answer.code) == (504, "upstream_timeout")
+    assert "upstream.request_timeout" in client.answer.body.decode()
+    h.assert_settled()
+
+
+def test_a_short_limit_does_not_outlast_its_phase() -> None:
+    settings = UpstreamSettings(first_byte_timeout=1, connect_timeout=120)
+
+    async def main() -> None:
+        phases = _Phases(settings, None)
+        phases.sent()
+        assert phases.scope.deadline == trio.current_time() + 1
+        phases.connecting()
+        assert phases.scope.deadline == math.inf
+
+    trio.run(main, clock=MockClock())
 
 
 @pytest.mark.parametrize("limit", [99.5, 100, 600])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import socket
@@ -23,6 +24,7 @@ import trio
 from processes import free_port
 from support import CHUNKED, LAST_CHUNK, Call, Proxy, Upstream, chunk, running_proxy, until
 from trioproxy.events import Ended, Queued, Started
+from trioproxy.mailbox import Tasks
 from trioproxy.observe import logs
 from trioproxy.server import GuardedStream
 
@@ -398,6 +400,52 @@ async def test_a_connection_that_says_nothing_is_closed(upstream: Upstream) -> N
             await stream.send_all(said)
             with trio.fail_after(3):
                 await read_until_closed(stream)
+
+
+@pytest.mark.parametrize("version", ["1.1", "1.1 by h11", "2"])
+async def test_what_has_been_read_is_not_idle(
+    upstream: Upstream, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    """The look for idle connections comes between a request's reading and the first step of what serves it."""
+    async with running_proxy(upstream.url) as proxy, trio.open_nursery() as nursery:
+        nursery.start_soon(upstream.behave, lambda call: call.answer(b"{}"))
+        spawn_app = Tasks.spawn_app
+
+        async def spawn_and_look(self: Tasks, *arguments: Any) -> Any:
+            put = await spawn_app(self, *arguments)
+            proxy.server._activity._end_idle(math.inf)
+            return put
+
+        monkeypatch.setattr(Tasks, "spawn_app", spawn_and_look)
+        headers = {"Connection": "keep-alive, x"} if version == "1.1 by h11" else {}
+        http2 = version == "2"
+        async with httpx.AsyncClient(base_url=proxy.url, http1=not http2, http2=http2, trust_env=False) as client:
+            for _ in range(3):
+                answer = await client.post(CHAT, headers=headers)
+                assert (answer.status_code, answer.content) == (200, b"{}")
+        nursery.cancel_scope.cancel()
+
+
+async def test_behind_an_upload_comes_another_request(upstream: Upstream) -> None:
+    async with running_proxy(upstream.url) as proxy:
+        stream = await proxy.connect()
+        upload = b"POST /v1/files HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc"
+        await stream.send_all(upload + post(b"{}", "Expect: 100-continue").removesuffix(b"{}"))
+        await (await upstream.call()).answer(b"uploaded")
+        received = b""
+        with trio.fail_after(5):
+            while b"HTTP/1.1 100" not in received:
+                received += await stream.receive_some()
+        assert b"uploaded" in received
+        await stream.send_all(b"{}")
+        await (await upstream.call()).answer(b"answered")
+        assert await read_answer(stream) == (200, b"answered")
+
+        await stream.send_all(upload + b"garbage\r\n\r\n")
+        await (await upstream.call()).answer(b"uploaded")
+        received = await read_until_closed(stream)
+        assert b"HTTP/1.1 400" in received
+        assert [refused.ending.code for refused in proxy.recorder.refused] == ["invalid_request"]
 
 
 async def test_a_body_one_byte_too_large_is_refused_and_the_connection_survives(upstream: Upstream) -> None:

@@ -305,6 +305,9 @@ class Exchange:
         self._finishing = True
         self._hold_back(True)
         await self._send({"type": "http.response.body", "body": last, "more_body": False})
+        if self._guard is not None and self.head.http_version != "2":
+            # What is read from now on is another request, also if this exchange has not quite been left.
+            self._guard.more_follows = self._guard.relaying = False
 
     def _hold_back(self, more_follows: bool) -> None:
         """What is sent next need not leave before what is sent after it; or it has to."""

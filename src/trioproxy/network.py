@@ -49,7 +49,7 @@ class _Transport(trio.abc.Stream):
         self.sends_until = math.inf
         """When sending is given up."""
         self.sent = 0
-        """How many bytes the kernel has taken."""
+        """How many bytes were to be sent."""
         self.socket: Final = stream.socket if isinstance(stream, trio.SocketStream) else None
         self._stream = stream
         self._stopped = False
@@ -65,14 +65,13 @@ class _Transport(trio.abc.Stream):
         if self._stopped:
             return
         sent = 0 if self.socket is None else sockets.send_at_once(self.socket, data)
-        self.sent += sent
+        self.sent += len(data)  # or less: who asks takes it for what may have arrived
         if rest := memoryview(data)[sent:]:
             with trio.CancelScope(deadline=self.sends_until) as self._sending:
                 await self._stream.send_all(rest)
             if self._sending.cancelled_caught and not self._stopped:
                 raise httpcore.WriteTimeout
             self._sending = None
-            self.sent += len(rest)
 
     async def wait_send_all_might_not_block(self) -> None:
         await self._stream.wait_send_all_might_not_block()

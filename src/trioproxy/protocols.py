@@ -21,10 +21,10 @@ import h11
 import trio
 from hypercorn.events import Closed, Event, RawData
 from hypercorn.protocol import ProtocolWrapper
-from hypercorn.protocol.events import Body, Data, EndBody, EndData, StreamClosed
+from hypercorn.protocol.events import Body, Data, EndBody, EndData, Request, Response, StreamClosed
 from hypercorn.protocol.events import Event as StreamEvent
 from hypercorn.protocol.h2 import H2Protocol
-from hypercorn.protocol.h11 import H2CProtocolRequiredError, H2ProtocolAssumedError, H11Protocol
+from hypercorn.protocol.h11 import STREAM_ID, H2CProtocolRequiredError, H2ProtocolAssumedError, H11Protocol
 from hypercorn.protocol.http_stream import HTTPStream
 from hypercorn.protocol.ws_stream import WSStream
 from hypercorn.trio.task_group import TaskGroup
@@ -36,6 +36,7 @@ from priority.priority import MissingStreamError
 from wsproto.connection import ConnectionState
 
 from trioproxy.errors import Headers
+from trioproxy.http1_server import Mark, PlainConnection, PlainRequest
 from trioproxy.mailbox import Tasks
 from trioproxy.request import METHOD
 
@@ -60,6 +61,14 @@ class Below(Protocol):
     more_follows: bool
     """Whether what is being sent can wait for what is sent next."""
 
+    def stir(self) -> None:
+        """A request has been read: the connection does not rest any more."""
+        ...
+
+    def settle(self) -> None:
+        """Nothing is going to come of what has been read, or it is over."""
+        ...
+
     @property
     def sends_alone(self) -> bool:
         """Whether sending needs nobody's shield from cancellation."""
@@ -82,14 +91,19 @@ READ_AS_TEXT: Final = frozenset({b"connection", b"upgrade", b"sec-websocket-prot
 """Fields that Hypercorn reads as ASCII, and fails on if they are not."""
 
 
-class NoTask(TrioSingleTask):
-    """In place of Hypercorn's task for each pause between two requests: the stream below ends what is idle."""
+class NoTask:
+    """In place of Hypercorn's task for each pause between two requests: the stream below knows what rests."""
+
+    def __init__(self, below: Below) -> None:
+        self._below = below
 
     async def restart(self, task_group: AnyTaskGroup, action: Callable[[], Awaitable[None]]) -> None:
         """The connection is idle from now on."""
+        self._below.settle()
 
     async def stop(self) -> None:
         """It is not."""
+        self._below.stir()
 
 
 class HttpServer(TCPServer):
@@ -97,7 +111,7 @@ class HttpServer(TCPServer):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.idle_task = NoTask()
+        self.idle_task = cast(TrioSingleTask, NoTask(self.state[PARSER].below))
 
     async def _read_data(self) -> None:
         """As Hypercorn's, but that nothing is kept of what has been read while more is waited for."""
@@ -205,40 +219,127 @@ class Lenient(h11.Connection):
 
 
 class Http1(H11Protocol):
-    """HTTP/1.1 and HTTP/1.0."""
+    """HTTP/1.1 and HTTP/1.0: without h11 as long as requests are plain, by h11 from the first one on that is not."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._parser: Parser = self.connection_state[PARSER]
         self._held = b""
+        self._plain: PlainConnection | None = PlainConnection(self.config.h11_max_incomplete_size)
+        self.connection = cast(h11.Connection, self._plain)
+
+    async def handle(self, event: Event) -> None:
+        """What has come from the client."""
+        if self._plain is None or not isinstance(event, RawData):
+            await super().handle(event)
+            return
+        self._plain.receive_data(event.data)
+        try:
+            await self._handle_plain(self._plain)
+        except h11.RemoteProtocolError as error:
+            if self._plain.our_state is h11.SEND_RESPONSE:
+                await self._send_error_response(error.error_status_hint)
+            await self.send(Closed())
+
+    async def _handle_plain(self, plain: PlainConnection) -> None:
+        """As Hypercorn does it with h11's events."""
+        while True:
+            event = plain.next_event()
+            if isinstance(event, PlainRequest):
+                await self._begin(event)
+            elif event is Mark.PAUSED:
+                await self.can_read.clear()
+                await self.can_read.wait()
+            elif event is Mark.ODD:
+                await self._go_on_with_h11(plain)
+                break
+            elif event is Mark.NEED_DATA or event is Mark.CLOSED or self.stream is None:
+                break
+            elif isinstance(event, bytes):
+                await self.stream.handle(Body(stream_id=STREAM_ID, data=event))
+            else:
+                await self.stream.handle(EndBody(stream_id=STREAM_ID))
+
+    async def _begin(self, request: PlainRequest) -> None:
+        self._parser.below.stir()
+        method = self.connection_state[METHOD] = request.method.decode("ascii")
+        self.stream = HTTPStream(
+            self.app,
+            self.config,
+            self.context,
+            self.task_group,
+            self.ssl,
+            self.client,
+            self.server,
+            self.stream_send,
+            STREAM_ID,
+        )
+        begun = Request(
+            stream_id=STREAM_ID,
+            headers=request.headers,
+            http_version="1.1",
+            method=method,
+            raw_path=request.target,
+            state=self.connection_state,
+        )
+        await self.stream.handle(begun)
+        await self.context.mark_request()
+
+    async def _go_on_with_h11(self, plain: PlainConnection) -> None:
+        self._plain = None
         self.connection = Lenient(h11.SERVER, max_incomplete_event_size=self.config.h11_max_incomplete_size)
+        data, is_all = plain.rest()
+        if data:
+            self.connection.receive_data(data)
+        if is_all:
+            self.connection.receive_data(b"")
+        await self._handle_events()
 
     async def _check_protocol(self, event: h11.Request) -> None:
         self.connection_state[METHOD] = event.method.decode("ascii")
         await super()._check_protocol(event)
 
+    async def stream_send(self, event: StreamEvent) -> None:
+        """Send what the application has to say."""
+        if self._plain is None:
+            await super().stream_send(event)
+            return
+        match event:
+            case Response():
+                await self._send_together(self._plain.head(event.status_code, event.headers), is_last=False)
+            case Body():
+                await self._send_together(self._plain.data(event.data), is_last=False)
+            case EndBody():
+                await self._send_together(self._plain.end(), is_last=True)
+            case _:
+                await super().stream_send(event)
+
     async def _send_h11_event(self, event: H11SendableEvent) -> None:
-        """Send it, together with what has been held back; hold it back if more is about to follow."""
         try:
-            self._held += self.connection.send(event)
+            data = self.connection.send(event)
         except h11.LocalProtocolError:
             if self.connection.their_state is not h11.ERROR:
                 raise
             return
-        if self._held and (not self._parser.below.more_follows or isinstance(event, h11.EndOfMessage)):
+        await self._send_together(data, is_last=isinstance(event, h11.EndOfMessage | h11.InformationalResponse))
+
+    async def _send_together(self, data: bytes, *, is_last: bool) -> None:
+        """Send it, together with what has been held back; hold it back if more is about to follow."""
+        self._held += data
+        if self._held and (is_last or not self._parser.below.more_follows):
             held, self._held = self._held, b""
             await self.send(RawData(data=held))
 
     async def _send_error_response(self, status_code: int) -> None:
-        """Answer what h11 could not read; it is still handling its error."""
+        """Answer what could not be read; its error is still being handled."""
         scope = self.stream.scope if isinstance(self.stream, HTTPStream) else None
         method, path = (scope["method"], scope["raw_path"].decode("latin-1")) if scope else ("", "")
         reason = _QUOTED_BYTES.sub(r"\1", str(sys.exception()))
         status, headers, body = self._parser.refuse(reason, method, path)
         headers = [*headers, (b"connection", b"close")]
-        await self._send_h11_event(h11.Response(status_code=status, headers=headers))
-        await self._send_h11_event(h11.Data(data=body))
-        await self._send_h11_event(h11.EndOfMessage())
+        await self.stream_send(Response(stream_id=STREAM_ID, headers=headers, status_code=status))
+        await self.stream_send(Body(stream_id=STREAM_ID, data=body))
+        await self.stream_send(EndBody(stream_id=STREAM_ID))
 
 
 @dataclass(slots=True)
@@ -307,6 +408,7 @@ class Http2(H2Protocol):
                 case h2.events.StreamReset():
                     self._unfinished.discard(event.stream_id)
                     await super()._handle_events([event])
+                    await self._throw_away(event.stream_id)
                 case _:
                     await super()._handle_events([event])
         await self._flush()
@@ -322,6 +424,7 @@ class Http2(H2Protocol):
         self.connection_state[METHOD] = method
         if event.stream_ended is None:
             self._unfinished.add(event.stream_id)
+        self._parser.below.stir()
         await super()._handle_events([event])
 
     def _data_received(self, event: h2.events.DataReceived) -> None:
@@ -373,11 +476,13 @@ class Http2(H2Protocol):
             case Body() | EndBody() | Data() | EndData():
                 with trio.CancelScope(deadline=self._latest()) as scope:
                     self._sending[event.stream_id] = scope
-                    await super().stream_send(event)
+                    try:
+                        await super().stream_send(event)
+                    finally:
+                        self._sending.pop(event.stream_id, None)
                 if scope.cancelled_caught:
                     await self._reset(event.stream_id, h2.errors.ErrorCodes.CANCEL)
                     await self._close_stream(event.stream_id)
-                self._sending.pop(event.stream_id, None)
             case StreamClosed():
                 buffer = self.stream_buffers.get(event.stream_id)
                 if buffer is not None and _is_closed(self.streams.get(event.stream_id)):
@@ -412,6 +517,13 @@ class Http2(H2Protocol):
         if stream_id not in self.stream_buffers and stream_id in self._unfinished:
             # Answered before the request's end: its rest is not wanted (RFC 9113 section 8.1).
             await self._reset(stream_id, h2.errors.ErrorCodes.NO_ERROR)
+
+    async def _throw_away(self, stream_id: int) -> None:
+        """Forget what the client does not want any more: no window is going to be opened for it."""
+        if (buffer := self.stream_buffers.pop(stream_id, None)) is not None:
+            await buffer.close()
+            with suppress(MissingStreamError):
+                self.priority.remove_stream(stream_id)
 
     async def _reset(self, stream_id: int, code: h2.errors.ErrorCodes) -> None:
         """End a stream; the sending task throws away what has not been sent of it."""

@@ -165,7 +165,7 @@ class GuardedStream(trio.abc.HalfCloseableStream):
                 self._read_over.set()
         if not data:
             self.leave()
-        return data
+        return b"" if self.scope.cancel_called else data  # nothing is begun where all is about to end
 
     async def send_eof(self) -> None:
         """Close our side, unless the connection is to end with a reset."""
@@ -199,9 +199,19 @@ class GuardedStream(trio.abc.HalfCloseableStream):
 
     def unwatch(self, leave: Callable[[], None]) -> None:
         """The exchange is over."""
-        self.relaying = self.more_follows = False
         del self._exchanges[leave]
+        if not self._exchanges:  # else the next one has begun
+            self.relaying = self.more_follows = False
         self._activity.ended(self, idle=not self._exchanges)
+
+    def stir(self) -> None:
+        """A request has been read, which may become an exchange: the connection does not rest any more."""
+        self._activity.forget(self)
+
+    def settle(self) -> None:
+        """Nothing is going to come of what has been read, or it is over."""
+        if not self._exchanges:
+            self._activity.rest(self)
 
     def is_long(self, now: float) -> bool:
         """Whether an exchange has been going on for long enough to be looked at."""
@@ -318,7 +328,7 @@ class Activity:
     def began(self, stream: GuardedStream) -> None:
         """An exchange has begun there."""
         self.streams.add(stream)
-        self._resting.pop(stream, None)
+        self.forget(stream)
         if not self._count:
             self._idle = trio.Event()
         self._count += 1
@@ -337,7 +347,7 @@ class Activity:
         self._resting[stream] = trio.current_time()
 
     def forget(self, stream: GuardedStream) -> None:
-        """It is closed."""
+        """It is closed, or does not rest any more."""
         self._resting.pop(stream, None)
 
     async def wait_idle(self) -> None:
@@ -429,7 +439,7 @@ class Server:
     def _call_app(
         self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable, *_: object, **__: object
     ) -> Coroutine[None, None, None]:
-        """What Hypercorn calls for each connection, request and WebSocket."""
+        """What Hypercorn calls for its lifespan, and for each request and WebSocket."""
         return self._app.asgi_app(scope, receive, send)
 
     async def _listen_until_told(self, connections: trio.Nursery, task_status: trio.TaskStatus[list[str]]) -> None:
@@ -515,7 +525,6 @@ def _hypercorn_config(settings: Settings) -> Config:
     config = Config()
     config.bind = list(settings.server.bind)
     config.backlog = settings.server.backlog
-    config.keep_alive_timeout = settings.server.keep_alive_timeout
     config.keep_alive_max_requests = 2**31
     config.h11_max_incomplete_size = HEADERS_SIZE_MAX
     config.h2_max_header_list_size = HEADERS_SIZE_MAX

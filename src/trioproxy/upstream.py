@@ -44,13 +44,13 @@ class _Phases:
     """The time limits of one call, on one cancel scope: one phase is under way at a time, the whole goes on beside."""
 
     def __init__(self, settings: UpstreamSettings, request_timeout: float | None) -> None:
-        self.scope = trio.CancelScope()
         self.write_timeout: Final = settings.idle_timeout
         self.began = trio.current_time()
         self.sent_at: float | None = None
         self._settings = settings
         self._request_timeout = request_timeout
         self._ends = math.inf if request_timeout is None else self.began + request_timeout
+        self.scope: Final = trio.CancelScope(deadline=self._ends)
         self._due = math.inf
         self._setting = ""
         self._limit = math.inf
@@ -59,8 +59,9 @@ class _Phases:
         """From now on at most `limit` seconds, by the setting of that name."""
         self._setting, self._limit = setting, limit
         self._due = trio.current_time() + limit
-        if limit < COARSE_SECONDS_MIN:
-            self.scope.deadline = min(self._due, self._ends)
+        deadline = min(self._due, self._ends) if limit < COARSE_SECONDS_MIN else self._ends
+        if self.scope.deadline != deadline:
+            self.scope.deadline = deadline
 
     def end_overdue(self, now: float) -> None:
         """End the call if its limit has passed; for limits that the scope does not keep."""
@@ -279,12 +280,15 @@ class Upstream:
             progress.upstream_whole = connection.whole
             await self._give_back(connection)
 
-    async def close_expired(self) -> None:
-        """End the calls whose limit has passed, and close what has been idle for `upstream.keep_alive_expiry`."""
+    def end_overdue(self) -> None:
+        """End the calls whose limit has passed, where it is a long one: to be called every few seconds."""
         now = trio.current_time()
         for phases in list(self._calls):
             phases.end_overdue(now)
-        oldest = now - self._settings.keep_alive_expiry
+
+    async def close_expired(self) -> None:
+        """Close the connections that have been idle for longer than `upstream.keep_alive_expiry`."""
+        oldest = trio.current_time() - self._settings.keep_alive_expiry
         while self._idle and self._idle[0][1] < oldest:
             await self._idle.popleft()[0].aclose()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from contextlib import suppress
+from functools import partial
 from typing import Any, Final
 
 import h2.errors
@@ -12,7 +14,8 @@ from case import CHAT, OK, answer, chunked
 from http2_client import Fields, Http2Client, http2_client
 from wire import Deaf, End, Pause, Script, Until, Wait, raw_upstream
 
-from support import running_proxy, until
+from support import Upstream, running_proxy, until
+from trioproxy.protocols import Http2
 
 BASE: Final = b"Host: UPSTREAM\r\n"
 
@@ -334,6 +337,24 @@ async def test_an_early_answer_ends_the_stream_and_asks_for_no_more_of_the_uploa
         assert stream.reset == h2.errors.ErrorCodes.NO_ERROR
         assert number == 1
         await _taken(client, proxy.port)
+
+
+async def test_what_was_for_reset_streams_is_not_kept(upstream: Upstream) -> None:
+    """RFC 9113 5.4.2: nothing more is sent on them; whatever the connection's window, nothing is kept for them."""
+    async with running_proxy(upstream.url) as proxy, trio.open_nursery() as nursery:
+        nursery.start_soon(upstream.behave, lambda call: call.answer(b"x" * 300_000))
+        async with http2_client(proxy.port, window=0, takes=False) as client:
+            for _ in range(20):
+                number, stream = await client.request("POST", CHAT, body=b"{}")
+                await client.until(partial(getattr, stream, "status"))
+                client.connection.reset_stream(number)
+                await client.flush()
+            await until(lambda: len(proxy.recorder.ended) == 20)
+            (protocol,) = [each for each in gc.get_objects() if type(each) is Http2 and not each.closed]
+            await until(lambda: not protocol.stream_buffers and not protocol._sending)
+            _, probe = await client.request("GET", "/health")
+            await client.until(lambda: probe.status)
+        nursery.cancel_scope.cancel()
 
 
 async def test_priority_frames_and_pings_hurt_nothing() -> None:

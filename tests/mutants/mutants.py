@@ -47,6 +47,7 @@ WEBSOCKET_CUTS: Final = ("test_websocket_cuts.py",)
 FRAMING: Final = ("conformance/test_framing.py",)
 FAILING: Final = ("conformance/test_failing_upstream.py",)
 MAILBOX: Final = ("test_mailbox.py",)
+PLAIN: Final = ("test_http1_server.py",)
 FLAG: Final = ("test_flag.py",)
 LEAVING: Final = ("conformance/test_leaving.py",)
 STREAMING: Final = ("conformance/test_streaming.py",)
@@ -719,8 +720,8 @@ MUTANTS: Final = (
     Mutant(
         "each phase begins the request's timeout anew",
         "upstream.py",
-        "self.scope.deadline = min(self._due, self._ends)",
-        "self.scope.deadline = self._due",
+        "deadline = min(self._due, self._ends) if",
+        "deadline = self._due if",
         RELAY,
     ),
     Mutant(
@@ -959,7 +960,7 @@ MUTANTS: Final = (
     Mutant(
         "what the parser refuses has no body",
         "protocols.py",
-        "        await self._send_h11_event(h11.Data(data=body))\n",
+        "        await self.stream_send(Body(stream_id=STREAM_ID, data=body))\n",
         "",
         FRAMING,
     ),
@@ -1248,6 +1249,119 @@ MUTANTS: Final = (
         "if False:",
         RELAY,
     ),
+    # -- Plain requests --
+    Mutant(
+        "two blanks in a request line are read",
+        "http1_server.py",
+        'if not head.startswith(b"%b %b HTTP/1.1\\r\\n" % (method, collector.target)) or',
+        "if",
+        PLAIN,
+    ),
+    Mutant(
+        "folded fields are read as llhttp reads them",
+        "http1_server.py",
+        " or _FOLDED.search(head):",
+        ":",
+        PLAIN,
+    ),
+    Mutant(
+        "two hosts are plain",
+        "http1_server.py",
+        "return None if hosts != 1 else size or 0",
+        "return size or 0",
+        PLAIN,
+    ),
+    Mutant(
+        "what comes behind a last request is read",
+        "http1_server.py",
+        "        if self.their_state is h11.MUST_CLOSE:\n            return\n",
+        "",
+        PLAIN,
+    ),
+    Mutant(
+        "an answer that says that it is the last one is not",
+        "http1_server.py",
+        "self.our_state = h11.MUST_CLOSE if self._closing else h11.DONE",
+        "self.our_state = h11.DONE",
+        PLAIN,
+    ),
+    Mutant(
+        "an upload that breaks off is complete",
+        "http1_server.py",
+        "            if self._ended:\n                self.their_state = h11.ERROR",
+        "            if False:\n                self.their_state = h11.ERROR",
+        PLAIN,
+    ),
+    Mutant(
+        "a pipelined request is read before the last one is answered",
+        "http1_server.py",
+        "if self.their_state is h11.DONE and self._buffer:",
+        "if False:",
+        PLAIN,
+    ),
+    Mutant(
+        "what h11 is to read is lost",
+        "protocols.py",
+        "        if data:\n            self.connection.receive_data(data)\n        if is_all:",
+        "        if is_all:",
+        SERVER,
+    ),
+    Mutant(
+        "a request that has been read rests",
+        "protocols.py",
+        "        self._parser.below.stir()\n        method",
+        "        method",
+        SERVER,
+    ),
+    Mutant(
+        "a request that h11 has read rests",
+        "protocols.py",
+        "        self._below.stir()\n",
+        "        pass\n",
+        SERVER,
+    ),
+    Mutant(
+        "a connection that is about to end begins a request",
+        "server.py",
+        'return b"" if self.scope.cancel_called else data',
+        "return data",
+        GUARD,
+    ),
+    Mutant(
+        "what follows an upload belongs to it",
+        "connection.py",
+        "            self._guard.more_follows = self._guard.relaying = False\n",
+        "            pass\n",
+        SERVER,
+    ),
+    Mutant(
+        "100 Continue is held back",
+        "protocols.py",
+        "is_last=isinstance(event, h11.EndOfMessage | h11.InformationalResponse)",
+        "is_last=isinstance(event, h11.EndOfMessage)",
+        SERVER,
+    ),
+    Mutant(
+        "what was for a stream that was reset is kept",
+        "protocols.py",
+        "                    await self._throw_away(event.stream_id)\n",
+        "",
+        HTTP2,
+    ),
+    Mutant(
+        "a whole call's limit does not hold while connecting",
+        "upstream.py",
+        "trio.CancelScope(deadline=self._ends)",
+        "trio.CancelScope()",
+        RELAY,
+    ),
+    Mutant(
+        "a short limit outlasts its phase",
+        "upstream.py",
+        "if limit < COARSE_SECONDS_MIN else self._ends\n        if self.scope.deadline != deadline:",
+        "if limit < COARSE_SECONDS_MIN else self._ends\n        if limit < COARSE_SECONDS_MIN:",
+        RELAY,
+    ),
     # -- What a request costs while nothing goes on --
     Mutant(
         "a connection is not idle after its last exchange",
@@ -1259,7 +1373,7 @@ MUTANTS: Final = (
     Mutant(
         "a connection is idle although an exchange goes on",
         "server.py",
-        "        self.streams.add(stream)\n        self._resting.pop(stream, None)\n",
+        "        self.streams.add(stream)\n        self.forget(stream)\n",
         "        self.streams.add(stream)\n",
         GUARD,
     ),
@@ -1330,7 +1444,7 @@ sys.exit(pytest.main(sys.argv[2:]))
 """Makes sure that the copy is what is tested, and does what `python -m pytest` does."""
 
 
-def run_tests(source: Path, tests: Iterable[str]) -> Run:
+def run_tests(source: Path, tests: Iterable[str], seconds_max: float) -> Run:
     """Run tests with the package in `source` until the first one fails. RuntimeError if they cannot be run."""
     command = [sys.executable, "-c", RUN_TESTS, str(source / "trioproxy" / "__init__.py")]
     command += ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
@@ -1347,18 +1461,18 @@ def run_tests(source: Path, tests: Iterable[str]) -> Run:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=SECONDS_MAX,
+            timeout=seconds_max,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return Run(f"the time limit: killed after {SECONDS_MAX:g} s", time.monotonic() - began)
+        return Run(f"the time limit: killed after {seconds_max:g} s", time.monotonic() - began)
     failed = re.search(r"^(?:FAILED|ERROR) \S+?::(.+?)( - |$)", process.stdout, re.MULTILINE)
     if process.returncode not in (0, 1) or (failed is None) != (process.returncode == 0):
         raise RuntimeError(f"the tests cannot be run:\n{process.stdout}")
     return Run(failed[1][:80] if failed else "", time.monotonic() - began)
 
 
-def run_mutant(mutant: Mutant | None, tests: Iterable[str]) -> Run:
+def run_mutant(mutant: Mutant | None, tests: Sequence[str]) -> Run:
     """Copy the package, put the fault into the copy, run the tests with it; None: the copy alone."""
     with tempfile.TemporaryDirectory(prefix="trioproxy-mutant-") as folder:
         source = Path(folder).resolve()
@@ -1366,7 +1480,7 @@ def run_mutant(mutant: Mutant | None, tests: Iterable[str]) -> Run:
         if mutant is not None:
             path = source / "trioproxy" / mutant.file
             path.write_text(mutant.apply(path.read_text("utf-8")), "utf-8")
-        return run_tests(source, tests)
+        return run_tests(source, tests, SECONDS_MAX * len(tests))
 
 
 def find_stale(mutants: Iterable[Mutant]) -> list[str]:
