@@ -426,6 +426,22 @@ async def test_what_has_been_read_is_not_idle(
         nursery.cancel_scope.cancel()
 
 
+@pytest.mark.parametrize("field", ["X: y", "Connection: close"])
+async def test_an_upload_that_breaks_off_is_refused_and_nothing_fails(
+    upstream: Upstream, capfd: pytest.CaptureFixture[str], field: str
+) -> None:
+    async with running_proxy(upstream.url) as proxy:
+        stream = await proxy.connect()
+        await stream.send_all(post(b"x" * 100, field)[:-50])
+        await trio.sleep(0.05)
+        await stream.send_eof()
+        assert b"HTTP/1.1 400" in await read_until_closed(stream)
+        await until(lambda: proxy.recorder.refused)
+        assert (await proxy.client.get("/health")).status_code == 200
+    assert "a connection failed" not in capfd.readouterr().out
+    assert upstream.calls == []
+
+
 async def test_behind_an_upload_comes_another_request(upstream: Upstream) -> None:
     async with running_proxy(upstream.url) as proxy:
         stream = await proxy.connect()

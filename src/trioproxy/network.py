@@ -49,7 +49,7 @@ class _Transport(trio.abc.Stream):
         self.sends_until = math.inf
         """When sending is given up."""
         self.sent = 0
-        """How many bytes were to be sent."""
+        """How many bytes the other side may have got."""
         self.socket: Final = stream.socket if isinstance(stream, trio.SocketStream) else None
         self._stream = stream
         self._stopped = False
@@ -64,14 +64,18 @@ class _Transport(trio.abc.Stream):
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         if self._stopped:
             return
-        sent = 0 if self.socket is None else sockets.send_at_once(self.socket, data)
-        self.sent += len(data)  # or less: who asks takes it for what may have arrived
+        sent = 0
+        if self.socket is not None:
+            sent = sockets.send_at_once(self.socket, data)
+            self.sent += len(data)  # or less, if it fails in between
         if rest := memoryview(data)[sent:]:
             with trio.CancelScope(deadline=self.sends_until) as self._sending:
                 await self._stream.send_all(rest)
             if self._sending.cancelled_caught and not self._stopped:
                 raise httpcore.WriteTimeout
             self._sending = None
+        if self.socket is None:
+            self.sent += len(data)
 
     async def wait_send_all_might_not_block(self) -> None:
         await self._stream.wait_send_all_might_not_block()

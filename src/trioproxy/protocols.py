@@ -12,6 +12,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, Protocol, cast
 
 import h2.errors
@@ -175,6 +176,7 @@ class Protocols(ProtocolWrapper):
         await self.protocol.initiate(*request)  # type: ignore[arg-type]
         if data:
             await self.protocol.handle(RawData(data=data))
+        self.state[PARSER].below.settle()
 
     def _begin(self, kind: type[Http1] | type[Http2]) -> Http1 | Http2:
         return kind(
@@ -306,26 +308,26 @@ class Http1(H11Protocol):
             return
         match event:
             case Response():
-                await self._send_together(self._plain.head(event.status_code, event.headers), is_last=False)
+                await self._send_together(partial(self._plain.head, event.status_code, event.headers), is_last=False)
             case Body():
-                await self._send_together(self._plain.data(event.data), is_last=False)
+                await self._send_together(partial(self._plain.data, event.data), is_last=False)
             case EndBody():
-                await self._send_together(self._plain.end(), is_last=True)
+                await self._send_together(self._plain.end, is_last=True)
             case _:
                 await super().stream_send(event)
 
     async def _send_h11_event(self, event: H11SendableEvent) -> None:
+        is_last = isinstance(event, h11.EndOfMessage | h11.InformationalResponse)
+        await self._send_together(partial(self.connection.send, event), is_last=is_last)
+
+    async def _send_together(self, write: Callable[[], bytes], *, is_last: bool) -> None:
+        """Send what is written, together with what has been held back; hold it back if more is about to follow."""
         try:
-            data = self.connection.send(event)
+            self._held += write()
         except h11.LocalProtocolError:
-            if self.connection.their_state is not h11.ERROR:
+            if self.connection.their_state is not h11.ERROR:  # else it has been answered already
                 raise
             return
-        await self._send_together(data, is_last=isinstance(event, h11.EndOfMessage | h11.InformationalResponse))
-
-    async def _send_together(self, data: bytes, *, is_last: bool) -> None:
-        """Send it, together with what has been held back; hold it back if more is about to follow."""
-        self._held += data
         if self._held and (is_last or not self._parser.below.more_follows):
             held, self._held = self._held, b""
             await self.send(RawData(data=held))

@@ -525,6 +525,7 @@ def _hypercorn_config(settings: Settings) -> Config:
     config = Config()
     config.bind = list(settings.server.bind)
     config.backlog = settings.server.backlog
+    config.keep_alive_timeout = settings.server.keep_alive_timeout
     config.keep_alive_max_requests = 2**31
     config.h11_max_incomplete_size = HEADERS_SIZE_MAX
     config.h2_max_header_list_size = HEADERS_SIZE_MAX

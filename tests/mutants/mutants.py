@@ -1335,10 +1335,17 @@ MUTANTS: Final = (
         SERVER,
     ),
     Mutant(
+        "what has been refused already is refused again",
+        "protocols.py",
+        "if self.connection.their_state is not h11.ERROR:",
+        "if True:",
+        SERVER,
+    ),
+    Mutant(
         "100 Continue is held back",
         "protocols.py",
-        "is_last=isinstance(event, h11.EndOfMessage | h11.InformationalResponse)",
-        "is_last=isinstance(event, h11.EndOfMessage)",
+        "is_last = isinstance(event, h11.EndOfMessage | h11.InformationalResponse)",
+        "is_last = isinstance(event, h11.EndOfMessage)",
         SERVER,
     ),
     Mutant(
