@@ -101,9 +101,6 @@ class Relay:
                 last = await self._forward(client, slot.progress, slot.queue_seconds)
             assert slot.progress.upstream_status is not None
             slot.ending = errors.of_upstream_status(slot.progress.upstream_status)
-        if slot.is_wanted:  # the upstream has nothing to do until the next one has begun, in its turn or the one behind
-            for _ in range(2):
-                await trio.lowlevel.cancel_shielded_checkpoint()
         await client.finish(last)
 
     async def _passed_through(self, client: Client) -> None:

@@ -374,10 +374,10 @@ MUTANTS: Final = (
         "release forgotten when the slot's block is left by an exception",
         "scheduler/runtime.py",
         """            self.ending = _ending_of(error)
-        self._sch""",
+        if self._sch""",
         """            self.ending = _ending_of(error)
             return
-        self._sch""",
+        if self._sch""",
         RUNTIME,
     ),
     Mutant(
@@ -562,11 +562,9 @@ MUTANTS: Final = (
         "the slot is held until the client has the last piece",
         "relay.py",
         """_status(slot.progress.upstream_status)
-        if slot.is_wanted""",
+        await client.finish(last)""",
         """_status(slot.progress.upstream_status)
-            await client.finish(last)
-            last = b""
-        if slot.is_wanted""",
+            await client.finish(last)""",
         RELAY,
     ),
     Mutant(
@@ -1244,9 +1242,9 @@ MUTANTS: Final = (
     ),
     Mutant(
         "an answer is finished before the next request begins",
-        "relay.py",
-        "if slot.is_wanted:",
-        "if False:",
+        "scheduler/runtime.py",
+        "if self._scheduler._give_back(self) and error is None:",
+        "if self._scheduler._give_back(self) and False:",
         RELAY,
     ),
     # -- Plain requests --

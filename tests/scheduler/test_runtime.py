@@ -525,12 +525,18 @@ async def test_started_and_cancelled_in_the_same_instant(
             waiter = await bench.client("waiter", priority=90)
             if another_waits:
                 await bench.client("another", priority=10)
+            started: list[str] = []
+
+            def cancel(event: Event) -> None:
+                if isinstance(event, Started) and event.request is waiter.request:
+                    started.append(bench.running())  # its task has not run yet
+                    waiter.scope.cancel()
+
             if cancelled_first:
                 waiter.scope.cancel()
+            bench.listeners.append(cancel)
             slot.ending = errors.COMPLETED
-        if not cancelled_first:
-            waiter.scope.cancel()
-        assert bench.running() == "waiter", "its task has not run yet"
+        assert started == ["waiter"]
         await wait_all_tasks_blocked()
         assert bench.life("waiter") == ["queued", "started", "cancelled in its slot"]
         assert waiter.scope.cancelled_caught

@@ -26,15 +26,13 @@ class Slot:
     Whoever holds it says how it went before that.
     """
 
-    __slots__ = ("_scheduler", "ending", "is_wanted", "progress", "queue_seconds", "request")
+    __slots__ = ("_scheduler", "ending", "progress", "queue_seconds", "request")
 
     def __init__(self, scheduler: Scheduler, request: ScheduledRequest) -> None:
         self.request: Final = request
         self.queue_seconds = 0.0
         self.ending: Ending | None = None
         """How the request ends if the slot's block is left without an exception; it must be set by then."""
-        self.is_wanted = False
-        """Whether, once it was given back, somebody who waited has got it, or another one."""
         self.progress: Progress
         self._scheduler = scheduler
 
@@ -46,7 +44,10 @@ class Slot:
     async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is not None:
             self.ending = _ending_of(error)
-        self._scheduler._give_back(self)
+        if self._scheduler._give_back(self) and error is None:
+            # Until the next one has begun the upstream has nothing to do: its turn comes with our next one, or before.
+            for _ in range(2):
+                await trio.lowlevel.cancel_shielded_checkpoint()
 
 
 class _Waiter:
@@ -95,7 +96,7 @@ class Scheduler:
 
         Publishes exactly one `Ended`, whatever happens. On leaving the block the request's ending is what an
         exception says (`ProxyError`: its own; a cancellation: CANCELLED; any other: INTERNAL_ERROR), else
-        `slot.ending`; the slot is free, and the next request has it, before that is over.
+        `slot.ending`; the slot is free, and the next request has it and has begun, before that is over.
 
         Entering raises `ProxyError` when there is no slot to be had: QUEUE_FULL, SHUTTING_DOWN, EVICTED, QUEUE_TIMEOUT,
         DEADLINE_EXCEEDED, RATE_LIMIT_EXCEEDED.
@@ -178,11 +179,12 @@ class Scheduler:
             self._present -= 1
             raise
 
-    def _give_back(self, slot: Slot) -> None:
+    def _give_back(self, slot: Slot) -> bool:
+        """Returns whether somebody who waited has started."""
         ending = slot.ending or errors.INTERNAL_ERROR
         try:
             events = self._carry_out(self._core.finish(slot.request, trio.current_time(), ending, slot.progress))
-            slot.is_wanted = len(events) > 1
+            return len(events) > 1
         finally:
             self._present -= 1
 
