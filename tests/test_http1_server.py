@@ -259,6 +259,29 @@ def test_what_is_out_of_the_ordinary_is_not(field: bytes) -> None:
     assert compare([GET.replace(b"\r\n\r\n", b"\r\n" + field + b"\r\n\r\n")]).odd
 
 
+@pytest.mark.parametrize(
+    "line",
+    [b"GET  /v1/models HTTP/1.1", b"GET /v1/models  HTTP/1.1", b"GET /v1/models HTTP/1.1 ", b"GET /v1 /x HTTP/1.1"],
+)
+def test_a_request_line_with_other_blanks_is_not(line: bytes) -> None:
+    assert compare([GET.replace(b"GET /v1/models HTTP/1.1", line)]).odd
+
+
+def test_a_pipelined_request_waits_and_behind_the_last_one_nothing_is_kept() -> None:
+    connection = PlainConnection(HEAD_SIZE_MAX)
+    connection.receive_data(GET + POST)
+    assert isinstance(connection.next_event(), PlainRequest)
+    assert [connection.next_event() for _ in range(3)] == [Mark.END, Mark.PAUSED, Mark.PAUSED]
+    connection.head(204, [])
+    connection.end()
+    connection.start_next_cycle()
+    assert isinstance(connection.next_event(), PlainRequest)
+    assert [connection.next_event() for _ in range(3)] == [b"{}", Mark.END, Mark.NEED_DATA]
+    connection.head(204, [(b"Connection", b"close")])
+    connection.receive_data(POST)
+    assert (connection.next_event(), connection.rest()) == (Mark.NEED_DATA, (b"", False))
+
+
 @pytest.mark.parametrize("method", [b"CONNECT", b"HEAD", b"PRI", b"PROPFIND", b"get"])
 def test_uncommon_methods_are_not(method: bytes) -> None:
     assert read_plain(GET.replace(b"GET", method)) is None

@@ -32,7 +32,6 @@ _ODD_FIELDS: Final = frozenset(
 )
 _BODILESS: Final = frozenset({204, 304})
 _HEAD_END: Final = re.compile(rb"\n\r?\n")
-_FOLDED: Final = re.compile(rb"\n[ \t]")
 _TARGET: Final = re.compile(rb"[!-~]+")
 _LENGTH: Final = re.compile(rb"[0-9]{1,15}")
 
@@ -91,7 +90,7 @@ def read_plain(head: bytes) -> PlainRequest | None:
         return None
     if version != "1.1" or method not in _METHODS or not _TARGET.fullmatch(collector.target):
         return None
-    if not head.startswith(b"%b %b HTTP/1.1\r\n" % (method, collector.target)) or _FOLDED.search(head):
+    if not head.startswith(b"%b %b HTTP/1.1\r\n" % (method, collector.target)):
         return None
     size = _body_size(collector.headers)
     return None if size is None else PlainRequest(method, collector.target, collector.headers, size)

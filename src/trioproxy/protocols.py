@@ -317,7 +317,7 @@ class Http1(H11Protocol):
                 await super().stream_send(event)
 
     async def _send_h11_event(self, event: H11SendableEvent) -> None:
-        is_last = isinstance(event, h11.EndOfMessage | h11.InformationalResponse)
+        is_last = isinstance(event, h11.EndOfMessage)
         await self._send_together(partial(self.connection.send, event), is_last=is_last)
 
     async def _send_together(self, write: Callable[[], bytes], *, is_last: bool) -> None:

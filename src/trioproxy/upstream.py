@@ -50,7 +50,7 @@ class _Phases:
         self._settings = settings
         self._request_timeout = request_timeout
         self._ends = math.inf if request_timeout is None else self.began + request_timeout
-        self.scope: Final = trio.CancelScope(deadline=self._ends)
+        self.scope: Final = trio.CancelScope()
         self._due = math.inf
         self._setting = ""
         self._limit = math.inf
