@@ -31,6 +31,7 @@ _ODD_FIELDS: Final = frozenset(
     }
 )
 _BODILESS: Final = frozenset({204, 304})
+_FRAMING: Final = frozenset({b"content-length", b"transfer-encoding"})
 _HEAD_END: Final = re.compile(rb"\n\r?\n")
 _TARGET: Final = re.compile(rb"[!-~]+")
 _LENGTH: Final = re.compile(rb"[0-9]{1,15}")
@@ -111,6 +112,21 @@ def _body_size(headers: Headers) -> int | None:
         elif name in _ODD_FIELDS or (name == b"connection" and value.lower() != b"keep-alive"):
             return None
     return None if hosts != 1 else size or 0
+
+
+def _said(headers: Headers) -> tuple[int | None, bool]:
+    """What an answer's fields say: how long its body is, None if that is not known; whether it is the last one."""
+    size: int | None = None
+    in_chunks = is_last = False
+    for field, value in headers:
+        name = field.lower()
+        if name == b"content-length":
+            size = int(value)
+        elif name == b"transfer-encoding":
+            in_chunks = True
+        elif name == b"connection":
+            is_last = is_last or b"close" in [token.strip() for token in value.lower().split(b",")]
+    return None if in_chunks else size, is_last
 
 
 class PlainConnection:
@@ -203,25 +219,11 @@ class PlainConnection:
     def head(self, status: int, headers: Headers) -> bytes:
         """The head of the answer. What follows is as long as `headers` say; in chunks if they do not."""
         self._expect(h11.SEND_RESPONSE)
-        size: int | None = None
-        in_chunks = False
-        for field, value in headers:
-            name = field.lower()
-            if name == b"content-length":
-                size = int(value)
-            elif name == b"transfer-encoding":
-                in_chunks = True
-            elif name == b"connection":
-                self._closing = self._closing or b"close" in [token.strip() for token in value.lower().split(b",")]
-        if status in _BODILESS:
-            self._to_send = 0
-        elif in_chunks or size is None:
-            self._to_send = None
-            framing = (b"content-length", b"transfer-encoding")
-            headers = [field for field in headers if field[0].lower() not in framing]
+        size, self._closing = _said(headers)
+        self._to_send = 0 if status in _BODILESS else size
+        if self._to_send is None:
+            headers = [field for field in headers if field[0].lower() not in _FRAMING]
             headers.append((b"Transfer-Encoding", b"chunked"))
-        else:
-            self._to_send = size
         self.our_state = h11.SEND_BODY
         if self._closing and self.their_state is h11.DONE:
             self.their_state = h11.MUST_CLOSE
