@@ -308,9 +308,10 @@ def read_timeout(head: Head) -> float | None:
 
 
 def _end_to_end(headers: Headers, dropped: frozenset[bytes]) -> tuple[Headers, set[bytes]]:
-    """The fields that are not for one connection only, repeated ones and their order kept; the names that there were.
+    """The fields that go on, repeated ones and their order kept; and the names, in lower case, that there were at all.
 
-    `dropped` are the names, in lower case, of those that are or are not wanted.
+    `dropped` are the names, in lower case, of those that do not, whatever `Connection` says; what it names does not
+    either, and counts as not there.
     """
     kept: Headers = []
     names: set[bytes] = set()
