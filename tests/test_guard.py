@@ -165,6 +165,15 @@ async def test_a_closed_socket_is_a_broken_one() -> None:
     theirs.close()
 
 
+async def test_who_rests_anew_does_not_keep_others_from_their_end(autojump_clock: MockClock) -> None:
+    activity = Activity(idle_timeout=75)
+    first, second = (guarded(SlowSocket(10, 1), 60, activity) for _ in range(2))
+    await trio.sleep(60)
+    first.settle()
+    activity._end_idle(trio.current_time() + 20)
+    assert (first.scope.cancel_called, second.scope.cancel_called) == (False, True)
+
+
 async def test_what_comes_when_the_connection_is_about_to_end_begins_nothing() -> None:
     guard, client = await pair()
     async with client:

@@ -344,6 +344,7 @@ class Activity:
 
     def rest(self, stream: GuardedStream) -> None:
         """Nothing goes on there from now on."""
+        self.forget(stream)  # its place is behind all others, also if it has rested before
         self._resting[stream] = trio.current_time()
 
     def forget(self, stream: GuardedStream) -> None:
