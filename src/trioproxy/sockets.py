@@ -30,6 +30,9 @@ async def receive(sock: trio.socket.SocketType, max_bytes: int) -> bytes:
     """What has come, waiting for it; b"" at the end. Raises `BrokenResourceError`, `ClosedResourceError`."""
     while (descriptor := sock.fileno()) != -1:
         await trio.lowlevel.wait_readable(descriptor)
+        # Closed between its waking and its turn, the number may be another connection's by now.
+        if sock.fileno() == -1:
+            break
         try:
             return os.read(descriptor, max_bytes)
         except BlockingIOError:

@@ -49,6 +49,7 @@ FAILING: Final = ("conformance/test_failing_upstream.py",)
 MAILBOX: Final = ("test_mailbox.py",)
 PLAIN: Final = ("test_http1_server.py",)
 FLAG: Final = ("test_flag.py",)
+SOCKETS: Final = ("test_sockets.py",)
 LEAVING: Final = ("conformance/test_leaving.py",)
 STREAMING: Final = ("conformance/test_streaming.py",)
 HTTP2: Final = ("conformance/test_http2_wire.py",)
@@ -1402,6 +1403,13 @@ MUTANTS: Final = (
         "            if self._is_set:\n                self._event.set()\n",
         "",
         FLAG,
+    ),
+    Mutant(
+        "a descriptor that another connection has got meanwhile is read from",
+        "sockets.py",
+        "        if sock.fileno() == -1:\n            break\n",
+        "",
+        SOCKETS,
     ),
 )
 
