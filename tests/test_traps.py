@@ -7,8 +7,10 @@ from io import StringIO
 from pathlib import Path
 
 import httpx
+import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
+from werkzeug.exceptions import MethodNotAllowed, NotFound
 
 from memory import House
 from support import CHUNKED, LAST_CHUNK, Upstream, chunk, running_proxy, until
@@ -113,3 +115,18 @@ async def test_idle_connections_are_closed_after_a_while(autojump_clock: MockClo
 
 def test_starting_makes_no_connection_and_needs_no_key() -> None:
     assert create_app(Settings()).proxy.upstream.idle == 0
+
+
+def test_routing_remembers_little() -> None:
+    app = create_app(Settings())
+    for number in range(1_000):
+        assert app.find(f"/v1/files/{number}", "GET") == app.find(f"/v1/files/{number}", "GET")
+        assert app.find(f"/v1/{number:0>10000}", "GET")[1] == {"rest": f"/{number:0>10000}"}
+        with pytest.raises(NotFound):
+            app.find(f"/{number}", "GET")
+    seen = app._found.cache_info()
+    assert seen.hits == 1_000
+    assert seen.currsize == seen.maxsize == 256
+    assert app.find("/health", "GET")[0].endpoint == "health"
+    with pytest.raises(MethodNotAllowed):
+        app.find("/health", "POST")

@@ -6,10 +6,11 @@ The handlers read what is asked, answer what they can, and hand every request un
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Final, cast
+from functools import lru_cache
+from typing import Any, Final, cast
 
 import structlog
 import trio
@@ -17,6 +18,7 @@ from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, Scope
 from quart import has_request_context, websocket
 from quart import request as quart_request
 from quart.ctx import RequestContext
+from quart.routing import QuartRule
 from quart.sessions import NullSession
 from quart.typing import ResponseReturnValue
 from quart.wrappers import Request as QuartRequest
@@ -254,12 +256,30 @@ def _shares(settings: Settings) -> dict[str, ShareLimits]:
 
 _NO_SESSION: Final = NullSession()
 
+_REMEMBERED_MAX: Final = 256
+_REMEMBERED_LENGTH_MAX: Final = 128
+"""How many paths Quart's routing is asked for only once, and how long ones."""
+
 
 class Rest(BaseConverter):
     """Whatever follows `/v1`, empty segments and all."""
 
     regex = r"(?:/[\s\S]*)?"
     part_isolating = False
+
+
+class Context(RequestContext):
+    """Quart's context of a request, but that routing is not asked again for what it has just found."""
+
+    def match_request(self) -> None:
+        """Find the handler, by the path and the method."""
+        asked = self.request
+        try:
+            asked.url_rule, found = cast(ProxyApp, self.app).find(asked.path, asked.method)
+        except HTTPException as error:
+            asked.routing_exception = error
+        else:
+            asked.view_args = dict(found)
 
 
 class ProxyApp(QuartTrio):
@@ -271,17 +291,38 @@ class ProxyApp(QuartTrio):
     websocket_class = WebSocket
     proxy: Proxy
 
+    def __init__(self, import_name: str) -> None:
+        super().__init__(import_name, static_folder=None)
+        self.url_map.merge_slashes = False
+        self.url_map.converters["rest"] = Rest
+        self._adapter = self.url_map.bind("", query_args="")
+        self._found = lru_cache(_REMEMBERED_MAX)(self._find)
+
     def create_url_adapter(self, request: BaseRequestWebsocket | None) -> MapAdapter | None:
         """Routes are found by the path alone, as it was sent: no host name and no query has a say."""
+        if isinstance(request, QuartRequest):
+            return self._adapter
         if request is None:
             return super().create_url_adapter(None)
-        return self.url_map.bind(
-            "", path_info=request.path, default_method=request.method, url_scheme=request.scheme, query_args=""
-        )
+        return self.url_map.bind("", path_info=request.path, url_scheme=request.scheme, query_args="")
 
     def request_context(self, request: QuartRequest) -> RequestContext:
         """Quart's, with a session that need not be opened: there are none here."""
-        return RequestContext(self, request, _NO_SESSION)
+        return Context(self, request, _NO_SESSION)
+
+    async def do_teardown_request(
+        self, exc: BaseException | None, request_context: RequestContext | None = None
+    ) -> None:
+        """Nobody wants to know here."""
+
+    def find(self, path: str, method: str) -> tuple[QuartRule, Mapping[str, Any]]:
+        """The rule for a request, and what its handler is called with. Raises HTTPException."""
+        find = self._found if len(path) + len(method) <= _REMEMBERED_LENGTH_MAX else self._find
+        return find(path, method)
+
+    def _find(self, path: str, method: str) -> tuple[QuartRule, Mapping[str, Any]]:
+        rule, found = self._adapter.match(path, method, return_rule=True)
+        return cast(QuartRule, rule), found
 
     async def full_dispatch_request(self, request_context: RequestContext | None = None) -> Response | WerkzeugResponse:
         """Run the handler. There are no hooks, no signals and no cookies around it here."""
@@ -322,12 +363,10 @@ def create_app(
     `dropped_lines` tells how many log lines have been lost.
     Raises `ConfigError` if the settings do not fit the machine.
     """
-    app = ProxyApp("trioproxy", static_folder=None)
+    app = ProxyApp("trioproxy")
     # A body's size and time, and an answer's, are limited by the proxy's own settings.
     app.config.update(MAX_CONTENT_LENGTH=None, BODY_TIMEOUT=None, RESPONSE_TIMEOUT=None)
     proxy = app.proxy = Proxy(settings, listeners, upstream, dropped_lines)
-    app.url_map.merge_slashes = False
-    app.url_map.converters["rest"] = Rest
     _register_handlers(app, proxy)
     _register_lifespan(app, proxy)
     return app

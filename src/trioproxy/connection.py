@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
-from typing import ClassVar, Final, Protocol, cast
+from typing import Any, ClassVar, Final, Protocol, cast
 
 import trio
 from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, HTTPResponseStartEvent, HTTPScope
@@ -353,6 +353,17 @@ class Exchange:
             self._guard.unwatch(self.leave)
 
 
+class NoHeaders(WerkzeugHeaders):
+    """What Quart's request has of the fields: none, since handlers read the exchange's. It looks for several."""
+
+    def get(self, key: str, default: Any = None, *_: object, **__: object) -> Any:  # type: ignore[override]
+        """There is none."""
+        return default
+
+
+_NO_HEADERS: Final = NoHeaders()
+
+
 class Request(TrioRequest):
     """Quart's request, with the exchange that it came in."""
 
@@ -397,7 +408,7 @@ class Connection(TrioASGIHTTPConnection):
             self.scope["scheme"],
             head.path.decode("latin-1"),
             head.query,
-            WerkzeugHeaders(),
+            _NO_HEADERS,
             "",
             head.http_version,
             self.scope,

@@ -97,8 +97,12 @@ class Relay:
     async def _scheduled(self, client: Client, facts: ScheduledRequest) -> None:
         async with self._scheduler.slot(facts) as slot:
             client.limit_writes(min(facts.deadline, self._upstream.latest_end))
-            with _noting_failure(client, slot.progress, slot.queue_seconds), _deadline(facts):
-                last = await self._forward(client, slot.progress, slot.queue_seconds)
+            try:
+                with _deadline(facts):
+                    last = await self._forward(client, slot.progress, slot.queue_seconds)
+            except Exception as error:
+                _note_failure(error, client, slot.progress, slot.queue_seconds)
+                raise
             assert slot.progress.upstream_status is not None
             slot.ending = errors.of_upstream_status(slot.progress.upstream_status)
         await client.finish(last)
@@ -107,18 +111,14 @@ class Relay:
         progress = Progress()
         ending = errors.CANCELLED
         try:
-            with _noting_failure(client, progress):
-                if self._scheduler.closed:
-                    raise ProxyError(errors.SHUTTING_DOWN)
-                client.limit_writes(self._upstream.latest_end)
-                last = await self._forward(client, progress, None)
+            if self._scheduler.closed:
+                raise ProxyError(errors.SHUTTING_DOWN)
+            client.limit_writes(self._upstream.latest_end)
+            last = await self._forward(client, progress, None)
             assert progress.upstream_status is not None
             ending = errors.of_upstream_status(progress.upstream_status)
-        except ProxyError as error:
-            ending = error.ending
-            raise
-        except Exception:
-            ending = errors.INTERNAL_ERROR
+        except Exception as error:
+            ending = _note_failure(error, client, progress, None)
             raise
         finally:
             self._publisher.publish(PassedThrough(self._facts, trio.current_time(), ending, progress))
@@ -174,16 +174,12 @@ def _kept(facts: ScheduledRequest) -> Iterator[None]:
         raise ProxyError(errors.DEADLINE_EXCEEDED, limit=facts.deadline - facts.arrived)
 
 
-@contextmanager
-def _noting_failure(client: Client, progress: Progress, queue_seconds: float | None = None) -> Iterator[None]:
-    """Write down what went wrong, and what the client is going to be told of it."""
-    try:
-        yield
-    except Exception as error:
-        ending = error.ending if isinstance(error, ProxyError) else errors.INTERNAL_ERROR
-        progress.error = str(error) or repr(error)
-        if not client.started:
-            progress.http_status = ending.http_status
-        if isinstance(error, ProxyError):
-            error.queue_seconds = queue_seconds
-        raise
+def _note_failure(error: Exception, client: Client, progress: Progress, queue_seconds: float | None) -> errors.Ending:
+    """Write down what went wrong, and what the client is going to be told of it; the ending that it makes."""
+    ending = error.ending if isinstance(error, ProxyError) else errors.INTERNAL_ERROR
+    progress.error = str(error) or repr(error)
+    if not client.started:
+        progress.http_status = ending.http_status
+    if isinstance(error, ProxyError):
+        error.queue_seconds = queue_seconds
+    return ending

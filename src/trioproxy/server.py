@@ -432,7 +432,7 @@ class Server:
         async with trio.open_nursery() as lifespan_nursery:
             await lifespan_nursery.start(lifespan.handle_lifespan)
             await lifespan.wait_for_startup()
-            async with trio.open_nursery() as connections:
+            async with self._app.app_context(), trio.open_nursery() as connections:  # so that no request opens its own
                 await self._listen_until_told(connections, task_status)
             await lifespan.wait_for_shutdown()
             lifespan_nursery.cancel_scope.cancel()

@@ -11,8 +11,8 @@ import math
 import os
 import ssl
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Final, Protocol
 from urllib.request import getproxies, proxy_bypass
 
@@ -263,17 +263,19 @@ class Upstream:
         connection = self._take()
         try:
             with phases.scope:
-                with self._translated():
+                try:
                     head = await connection.ask(method, self._path + target, headers, body, phases)
+                except _CLIENT_ERRORS as error:
+                    raise self._translated(error) from error
                 phases.leave()
                 self._unreachable_at = -math.inf
                 progress.upstream_status = head.status
                 if head.status == 101 and not switches:
                     reason = "it switched protocols (101), which was not asked for."
-                    raise ProxyError(errors.UPSTREAM_PROTOCOL_ERROR, upstream=str(self._url), reason=reason)
+                    raise ProxyError(errors.UPSTREAM_PROTOCOL_ERROR, upstream=self.url, reason=reason)
                 yield Response(head, connection, phases, settings.idle_timeout)
             if phases.scope.cancelled_caught:
-                raise phases.error(str(self._url))
+                raise phases.error(self.url)
         finally:
             self._calls.discard(phases)
             progress.upstream_seconds = phases.seconds
@@ -348,25 +350,34 @@ class Upstream:
         with trio.move_on_after(_CLOSE_SECONDS_MAX, shield=True):
             await connection.aclose()
 
-    @contextmanager
-    def _translated(self) -> Iterator[None]:
-        """Errors of the clients, before the answer's head has arrived, as ours."""
-        upstream = str(self._url)
-        try:
-            yield
-        except (httpcore.ConnectError, httpcore.ProxyError, httpcore.UnsupportedProtocol) as error:
-            self._unreachable_at = trio.current_time()
-            raise ProxyError(errors.UPSTREAM_UNREACHABLE, upstream=upstream, reason=_reason(error)) from error
-        except httpcore.WriteTimeout as error:
-            limit = self._settings.idle_timeout
-            raise ProxyError(errors.UPSTREAM_TIMEOUT, limit=limit, setting="upstream.idle_timeout") from error
-        except (httpcore.LocalProtocolError, UnsendableError) as error:
-            # Its message may quote what cannot be sent, which may be a key.
-            reason = "the request has a field that cannot be sent."
-            raise ProxyError(errors.UPSTREAM_PROTOCOL_ERROR, upstream=upstream, reason=reason) from error
-        except (httpcore.NetworkError, httpcore.ProtocolError, ProtocolError) as error:
-            raise ProxyError(errors.UPSTREAM_PROTOCOL_ERROR, upstream=upstream, reason=_reason(error)) from error
+    def _translated(self, error: Exception) -> ProxyError:
+        """An error of the clients, before the answer's head has arrived, as ours."""
+        upstream = self.url
+        match error:
+            case httpcore.ConnectError() | httpcore.ProxyError() | httpcore.UnsupportedProtocol():
+                self._unreachable_at = trio.current_time()
+                return ProxyError(errors.UPSTREAM_UNREACHABLE, upstream=upstream, reason=_reason(error))
+            case httpcore.WriteTimeout():
+                limit = self._settings.idle_timeout
+                return ProxyError(errors.UPSTREAM_TIMEOUT, limit=limit, setting="upstream.idle_timeout")
+            case httpcore.LocalProtocolError() | UnsendableError():
+                # Its message may quote what cannot be sent, which may be a key.
+                reason = "the request has a field that cannot be sent."
+                return ProxyError(errors.UPSTREAM_PROTOCOL_ERROR, upstream=upstream, reason=reason)
+            case _:
+                return ProxyError(errors.UPSTREAM_PROTOCOL_ERROR, upstream=upstream, reason=_reason(error))
 
+
+_CLIENT_ERRORS: Final = (
+    httpcore.NetworkError,
+    httpcore.ProtocolError,
+    httpcore.ProxyError,
+    httpcore.UnsupportedProtocol,
+    httpcore.WriteTimeout,
+    ProtocolError,
+    UnsendableError,
+)
+"""What the clients raise for an upstream that cannot be spoken to."""
 
 _WITHOUT_MESSAGE: Final[dict[type[BaseException], str]] = {
     httpcore.ReadError: "the connection was reset",

@@ -49,6 +49,7 @@ FAILING: Final = ("conformance/test_failing_upstream.py",)
 MAILBOX: Final = ("test_mailbox.py",)
 PLAIN: Final = ("test_http1_server.py",)
 FLAG: Final = ("test_flag.py",)
+LOGS: Final = ("observe/test_logs.py",)
 SOCKETS: Final = ("test_sockets.py",)
 LEAVING: Final = ("conformance/test_leaving.py",)
 STREAMING: Final = ("conformance/test_streaming.py",)
@@ -613,8 +614,8 @@ MUTANTS: Final = (
     Mutant(
         "a passed-through request's failure counts as a cancellation",
         "relay.py",
-        "ending = error.ending\n            raise",
-        "raise",
+        "ending = _note_failure(error, client, progress, None)",
+        "_note_failure(error, client, progress, None)",
         RELAY,
     ),
     Mutant(
@@ -627,8 +628,8 @@ MUTANTS: Final = (
     Mutant(
         "a failure behind the head changes the status that is told",
         "relay.py",
-        "if not client.started:\n            progress.http_status",
-        "if True:\n            progress.http_status",
+        "if not client.started:\n        progress.http_status",
+        "if True:\n        progress.http_status",
         RELAY,
     ),
     Mutant(
@@ -1410,6 +1411,27 @@ MUTANTS: Final = (
         "        if sock.fileno() == -1:\n            break\n",
         "",
         SOCKETS,
+    ),
+    Mutant(
+        "a changed log level holds for other lines than those of requests",
+        "observe/logs.py",
+        "        if self._bound_by != bound_by:\n",
+        "        if self._bound_by is None:\n",
+        LOGS,
+    ),
+    Mutant(
+        "the second of a line's timestamp is that of the first line",
+        "observe/logs.py",
+        "{_date_and_time(second)}",
+        "{_date_and_time(1_000_000_000)}",
+        LOGS,
+    ),
+    Mutant(
+        "a remembered route holds for every method",
+        "app.py",
+        "        return find(path, method)\n",
+        "        return find(path, 'GET')\n",
+        SERVER,
     ),
 )
 

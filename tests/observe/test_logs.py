@@ -329,6 +329,15 @@ def test_a_line_begins_with_when_how_bad_and_what() -> None:
     assert before <= written <= datetime.now(UTC)
 
 
+def test_a_changed_level_holds_for_lines_of_requests_too() -> None:
+    with configured("info") as log:
+        request_log = RequestLog()
+        for level in ("info", "debug", "info"):
+            logs.set_level(level)
+            request_log(Queued(REQUEST, 101.0))
+        assert [(line["level"], line["event"]) for line in log.lines()] == [("debug", "request queued")]
+
+
 @pytest.mark.parametrize("method", ["debug", "info", "warning", "error", "critical"])
 def test_a_line_says_its_level(method: str) -> None:
     with configured() as log:

@@ -18,13 +18,14 @@ import traceback
 from collections.abc import Callable, MutableMapping
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Final, NoReturn, Protocol, TextIO
 
 import msgspec
 import structlog
-from structlog.typing import EventDict, WrappedLogger
+from structlog.typing import EventDict, FilteringBoundLogger, WrappedLogger
 
 from trioproxy.errors import INVALID_PRIORITY, Status
 from trioproxy.events import (
@@ -210,9 +211,15 @@ class Writer:
 
 def _stamp(_: WrappedLogger, method: str, event: EventDict) -> EventDict:
     """Timestamp, level and event first, so that a line can be read from its beginning."""
-    now = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+    second, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
+    now = f"{_date_and_time(second)}.{nanoseconds // 1000:06d}Z"
     level = "error" if method == "exception" else method
     return {"timestamp": now, "level": level, "event": event.pop("event", ""), **event}
+
+
+@lru_cache(maxsize=1)
+def _date_and_time(second: int) -> str:
+    return datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def _traceback(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
@@ -328,31 +335,54 @@ class RequestLog:
     """A listener that writes one line for each request that ended, and at level debug one for each step."""
 
     def __init__(self) -> None:
-        self._log = structlog.get_logger()
+        self._bound: FilteringBoundLogger = structlog.get_logger().bind()
+        self._bound_by: tuple[object, object] | None = None
+        self._writers: dict[type[Event], Callable[..., None]] = {
+            Ended: self._ended,
+            PassedThrough: self._passed_through,
+            Refused: self._refused,
+            Queued: self._queued,
+            Started: self._started,
+            CapacityChanged: self._capacity_changed,
+            WebSocketOpening: self._websocket_opening,
+            WebSocketClosed: self._websocket_closed,
+        }
 
     def __call__(self, event: Event) -> None:
         """Write what an event is worth."""
-        match event:
-            case Ended():
-                self._ended(event)
-            case PassedThrough():
-                self._passed_through(event)
-            case Refused(request, _, ending, error):
-                # What is wrong with a priority may quote the body.
-                reason = {} if ending is INVALID_PRIORITY else {"reason": error}
-                facts = _known(_facts(request))
-                self._log.info("request refused", **facts, http_status=ending.http_status, code=ending.code, **reason)
-            case Queued(request):
-                self._log.debug("request queued", **_known(_facts(request)))
-            case Started(request, _, queue_seconds):
-                facts = _known(_facts(request))
-                self._log.debug("request started", **facts, queue_seconds=round(queue_seconds, 6))
-            case CapacityChanged(pool, _, permits, max_queue):
-                self._log.info("capacity changed", pool=pool, permits=permits, max_queue=max_queue)
-            case WebSocketOpening(request):
-                self._log.debug("websocket opening", **_known(_facts(request)))
-            case WebSocketClosed():
-                self._websocket_closed(event)
+        self._writers[type(event)](event)
+
+    @property
+    def _log(self) -> FilteringBoundLogger:
+        """Bound once: structlog's own would be for each line. The level, and all else, may be changed meanwhile."""
+        config = structlog.get_config()
+        bound_by = config["wrapper_class"], config["logger_factory"]
+        if self._bound_by != bound_by:
+            self._bound, self._bound_by = structlog.get_logger().bind(), bound_by
+        return self._bound
+
+    def _debug(self, event: str, request: RequestFacts, queue_seconds: float | None = None) -> None:
+        if (write := self._log).is_enabled_for(logging.DEBUG):
+            write.debug(event, **_known(_facts(request) | {"queue_seconds": _rounded(queue_seconds)}))
+
+    def _queued(self, event: Queued) -> None:
+        self._debug("request queued", event.request)
+
+    def _started(self, event: Started) -> None:
+        self._debug("request started", event.request, event.queue_seconds)
+
+    def _websocket_opening(self, event: WebSocketOpening) -> None:
+        self._debug("websocket opening", event.request)
+
+    def _refused(self, event: Refused) -> None:
+        # What is wrong with a priority may quote the body.
+        reason = {} if event.ending is INVALID_PRIORITY else {"reason": event.error}
+        ending, facts = event.ending, _known(_facts(event.request))
+        self._log.info("request refused", **facts, http_status=ending.http_status, code=ending.code, **reason)
+
+    def _capacity_changed(self, event: CapacityChanged) -> None:
+        facts = {"pool": event.pool, "permits": event.permits, "max_queue": event.max_queue}
+        self._log.info("capacity changed", **facts)
 
     def _ended(self, event: Ended) -> None:
         status, outcome = event.ending.status, event.ending.outcome
