@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from typing import Final
 
 import pytest
 import trio
-from trio.testing import wait_all_tasks_blocked
+from trio.testing import MockClock, assert_checkpoints, assert_no_checkpoints, wait_all_tasks_blocked
 
 from trioproxy import sockets
 
@@ -100,3 +101,68 @@ async def test_sending_returns_how_much_the_kernel_takes() -> None:
             sockets.send_at_once(ours, b"x")
         ours.close()
         assert sockets.send_at_once(ours, b"x") == 0
+
+
+def listening() -> socket.socket:
+    """A listening socket on the loopback interface."""
+    sock = socket.socket()
+    sock.bind(("127.0.0.1", 0))
+    sock.listen(200)
+    return sock
+
+
+async def test_connections_that_wait_are_taken_in_crowds(autojump_clock: MockClock) -> None:
+    sock = listening()
+    listener = sockets.Listener(sock)
+    clients = [socket.create_connection(sock.getsockname()) for _ in range(sockets.ACCEPTED_MAX + 3)]
+    served = []
+    for crowd in (sockets.ACCEPTED_MAX, 3):
+        with assert_checkpoints():
+            served.append(await listener.accept())
+        with assert_no_checkpoints():
+            served += [await listener.accept() for _ in range(crowd - 1)]
+    assert [stream.socket.getpeername() for stream in served] == [client.getsockname() for client in clients]
+    with trio.move_on_after(1) as scope:
+        await listener.accept()
+    assert scope.cancelled_caught
+    for stream in served:
+        await stream.aclose()
+    await listener.aclose()
+    for client in clients:
+        client.close()
+
+
+async def test_who_was_taken_and_not_served_is_closed_with_the_listener() -> None:
+    sock = listening()
+    listener = sockets.Listener(sock)
+    clients = [socket.create_connection(sock.getsockname()) for _ in range(3)]
+    async with listener, await listener.accept():
+        pass
+    for client in clients:
+        assert client.recv(1) == b""
+        client.close()
+
+
+async def test_accepting_fails_where_there_can_be_no_more_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    sock = listening()
+    async with sockets.Listener(sock) as listener:
+        clients = [socket.create_connection(sock.getsockname()) for _ in range(2)]
+        taken = 0
+
+        def accept(self: socket.socket) -> object:
+            nonlocal taken
+            taken += 1
+            if taken > 1:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            return real(self)
+
+        real = socket.socket._accept  # type: ignore[attr-defined]
+        monkeypatch.setattr(socket.socket, "_accept", accept)
+        async with await listener.accept():
+            with pytest.raises(OSError, match="open files"):
+                await listener.accept()
+            monkeypatch.undo()
+            async with await listener.accept():
+                pass
+        for client in clients:
+            client.close()

@@ -447,7 +447,7 @@ class Server:
         listeners = []
         for sock in self._sockets:
             sock.listen(self.settings.server.backlog)
-            listeners.append(trio.SocketListener(trio.socket.from_stdlib_socket(sock)))
+            listeners.append(sockets.Listener(sock))
         addresses = [_url(sock, "http" if self._tls is None else "https") for sock in self._sockets]
         async with trio.open_nursery() as listening:
             listening.start_soon(self._activity.look_around)

@@ -1,4 +1,4 @@
-"""Sending and receiving on sockets with as little as can be in between.
+"""Accepting, sending and receiving on sockets with as little as can be in between.
 
 Knows nothing of what is sent.
 """
@@ -6,8 +6,14 @@ Knows nothing of what is sent.
 from __future__ import annotations
 
 import os
+import socket
+from collections import deque
+from typing import Final
 
 import trio
+
+ACCEPTED_MAX: Final = 64
+"""How many new connections are taken at once."""
 
 
 def send_at_once(sock: trio.socket.SocketType, data: bytes | bytearray | memoryview) -> int:
@@ -40,3 +46,37 @@ async def receive(sock: trio.socket.SocketType, max_bytes: int) -> bytes:
         except OSError as error:
             raise trio.BrokenResourceError from error
     raise trio.ClosedResourceError
+
+
+class Listener(trio.abc.Listener[trio.SocketStream]):
+    """A listening socket whose new connections are taken in crowds.
+
+    trio's takes one at each turn. In a rush every turn is long, and an urgent request that comes last would be read
+    last: here it is read together with the others, so that the scheduler can put it before them.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+        self._sock = sock
+        self._accepted: deque[trio.SocketStream] = deque()
+
+    async def accept(self) -> trio.SocketStream:
+        """The next connection. Raises OSError if there can be no more."""
+        if not self._accepted:
+            self._accepted.append(await self._listener.accept())
+            self._accept_more()
+        return self._accepted.popleft()
+
+    def _accept_more(self) -> None:
+        while len(self._accepted) < ACCEPTED_MAX:
+            try:
+                sock, _ = self._sock.accept()
+            except OSError:  # no more of them; or something that `accept` is going to say
+                break
+            self._accepted.append(trio.SocketStream(trio.socket.from_stdlib_socket(sock)))
+
+    async def aclose(self) -> None:
+        """Close the listening socket."""
+        for stream in self._accepted:
+            stream.socket.close()
+        await self._listener.aclose()

@@ -1433,6 +1433,20 @@ MUTANTS: Final = (
         "        return find(path, 'GET')\n",
         SERVER,
     ),
+    Mutant(
+        "new connections are taken one by one",
+        "sockets.py",
+        "            self._accept_more()\n",
+        "",
+        SOCKETS,
+    ),
+    Mutant(
+        "connections without end are taken at once",
+        "sockets.py",
+        "        while len(self._accepted) < ACCEPTED_MAX:\n",
+        "        while True:\n",
+        SOCKETS,
+    ),
 )
 
 
