@@ -322,6 +322,8 @@ def said_in_code() -> tuple[dict[str, str], set[str]]:
                 ) if ast.unparse(value) in {"log", "self._log", "structlog.get_logger()"}:
                     said[event] = level
                     keys |= {keyword.arg for keyword in node.keywords if keyword.arg is not None}
+                case ast.Call(func=ast.Attribute(attr="_debug"), args=[ast.Constant(value=str(event)), *_]):
+                    said[event] = "debug"
                 case ast.Call(
                     func=ast.Name("write") | ast.Attribute(attr="say_and_exit"),
                     args=[ast.Constant(value=str(event)), *_],

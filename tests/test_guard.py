@@ -10,7 +10,7 @@ import trio
 import trio.testing
 from trio.testing import MockClock
 
-from trioproxy.server import Activity, GuardedStream
+from trioproxy.streams import Activity, GuardedStream
 
 
 class SlowSocket:

@@ -67,7 +67,8 @@ ROOMS: dict[str, set[str]] = {
     "http1_server": {"http1"},
     "protocols": {"errors", "http1_server", "mailbox", "request"},  # what the server makes of Hypercorn's
     "reload": {"config", "server"},
-    "server": {"config", "app", "connection", "errors", "flag", "protocols", "sockets"},
+    "streams": {"connection", "flag", "sockets"},
+    "server": {"config", "app", "connection", "errors", "protocols", "sockets", "streams"},
     "observe": {"events", "errors", "priority"},
     "admin": {"scheduler", "observe", "upstream"},  # readiness asks whether the upstream is known to be out
     "cli": {"config", "server", "demo", "simulate", "app", "observe.logs", "keys", "reload"},

@@ -26,7 +26,7 @@ from support import CHUNKED, LAST_CHUNK, Call, Proxy, Upstream, chunk, running_p
 from trioproxy.events import Ended, Queued, Started
 from trioproxy.mailbox import Tasks
 from trioproxy.observe import logs
-from trioproxy.server import GuardedStream
+from trioproxy.streams import GuardedStream
 
 FOUR_SLOTS = {"concurrency": 4, "max_queue": 100}
 ONE_SLOT = {"concurrency": 1, "max_queue": 100}

@@ -58,7 +58,7 @@ async def test_paced_events_leave_at_once(sent: bytes, parts: int) -> None:
 @pytest.mark.parametrize("sent", [chat(), get("/v1/models"), chat(version="1.0")], ids=["scheduled", "passed", "1.0"])
 async def test_what_has_arrived_together_leaves_in_one_write(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """A burst costs one write, not one for each event."""
-    from trioproxy.server import GuardedStream
+    from trioproxy.streams import GuardedStream
 
     writes: list[bytes] = []
     send_all = GuardedStream.send_all
