@@ -170,6 +170,13 @@ BODIES = {
     "leading zeros": ("GET", CHUNKED + b"00A\r\n0123456789\r\n000\r\n\r\n", b"0123456789", True, False),
     "trailers": ("GET", CHUNKED + b"1\r\na\r\n0\r\nA: b\r\nC: d\r\n\r\n", b"a", True, False),
     "another answer behind": ("GET", CHUNKED + b"1\r\na\r\n0\r\n\r\n" + OK + b"\r\n", b"a", True, True),
+    "another answer behind, with a body": (
+        "GET",
+        CHUNKED + b"1\r\na\r\n0\r\n\r\n" + OK + b"Content-Length: 6\r\n\r\nSECRET",
+        b"a",
+        True,
+        True,
+    ),
     "nonsense behind": ("GET", CHUNKED + b"1\r\na\r\n0\r\n\r\n?", b"a", True, True),
     "an empty line behind": ("GET", CHUNKED + b"1\r\na\r\n0\r\n\r\n\r\n", b"a", True, True),
     "half an empty line behind": ("GET", CHUNKED + b"0\r\n\r\n\n", b"", True, True),

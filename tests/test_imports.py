@@ -59,7 +59,7 @@ ROOMS: dict[str, set[str]] = {
         "upload",
     },
     "relay": {"request", "scheduler", "upload", "upstream", "errors", "events"},
-    "connection": {"relay", "request", "errors", "flag"},
+    "connection": {"relay", "request", "errors", "flag", "mailbox"},
     "websocket_upstream": {"upstream", "errors"},
     "websocket": {"request", "scheduler", "upload", "upstream", "websocket_upstream", "errors", "events"},
     "websocket_connection": {"connection", "websocket", "websocket_upstream", "request", "errors"},

@@ -88,6 +88,22 @@ async def test_a_disconnect_does_not_wait_for_room(autojump_clock: MockClock) ->
     assert [await box.receive(), await box.receive()] == [body(b"a"), GONE]
 
 
+async def test_a_disconnect_is_told_at_once_and_nobody_waits_behind_it(autojump_clock: MockClock) -> None:
+    box = Mailbox(1)
+    told: list[float] = []
+    box.on_disconnect = lambda: told.append(trio.current_time())
+    await box.put(body(b"a"))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(box.put, body(b"waits for room"))
+        await trio.sleep(1)
+        await box.put(GONE)
+        assert told == [1]
+    with trio.fail_after(1):
+        await box.put(body(b"too late"))
+    assert trio.current_time() == 1
+    assert [await box.receive(), await box.receive()] == [body(b"a"), GONE]
+
+
 async def test_two_who_wait_for_room_both_get_it_and_a_cancelled_one_leaves_nothing(autojump_clock: MockClock) -> None:
     box = Mailbox(1)
     await box.put(body(b"first"))

@@ -23,7 +23,7 @@ import trio
 
 from processes import free_port
 from support import CHUNKED, LAST_CHUNK, Call, Proxy, Upstream, chunk, running_proxy, until
-from trioproxy.events import Ended, Queued, Started
+from trioproxy.events import Ended, Event, Queued, Started
 from trioproxy.mailbox import Tasks
 from trioproxy.observe import logs
 from trioproxy.streams import GuardedStream
@@ -159,6 +159,43 @@ async def test_a_client_that_leaves_the_queue_never_reaches_the_upstream(upstrea
         await trio.sleep(0.05)
         assert len(upstream.calls) == 1
         assert sorted(proxy.recorder.outcomes()) == ["cancelled", "success"]
+
+
+async def test_a_client_that_leaves_in_the_moment_in_which_it_gets_a_slot_never_reaches_the_upstream(
+    upstream: Upstream,
+) -> None:
+    running: set[GuardedStream] = set()
+
+    def leave_at_once(event: Event) -> None:
+        if isinstance(event, Started) and event.was_queued:
+            for stream in proxy.server._streams - running:
+                stream.leave()
+
+    async with running_proxy(upstream.url, (leave_at_once,), scheduler=ONE_SLOT) as proxy:
+        first, second = await proxy.connect(), await proxy.connect()
+        await first.send_all(post())
+        blocker = await upstream.call()
+        running |= {stream for stream in proxy.server._streams if stream._exchanges}
+        await second.send_all(post())
+        await queued(proxy, 1)
+        await blocker.answer()  # on a connection that is kept, and on which the second one's request could go at once
+        await until(lambda: len(proxy.recorder.ended) == 2)
+        assert proxy.recorder.outcomes() == ["success", "cancelled"]
+        await trio.sleep(0.05)
+        assert len(upstream.calls) == 1
+
+
+async def test_who_does_not_read_at_its_deadline_is_cut_off_by_http_1_0_too(
+    upstream: Upstream, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running_proxy(upstream.url) as proxy:
+        stream = await proxy.connect()
+        head, _, body = post(b"{}", "X-Request-Timeout: 0.3").partition(b"\r\n\r\n")
+        await stream.send_all(head.replace(b"HTTP/1.1", b"HTTP/1.0") + b"\r\n\r\n" + body)
+        await pump(await upstream.call())
+        await proxy.settled()
+        assert proxy.recorder.outcomes() == ["timeout"]
+    assert "Error in ASGI" not in caplog.text
 
 
 async def leave(stream: trio.SocketStream, way: str) -> None:

@@ -443,6 +443,16 @@ async def test_what_is_not_under_v1_is_refused_and_counted(peer: Peer) -> None:
         assert (await proxy.client.get("/health")).status_code == 200
 
 
+async def test_a_handshake_that_is_none_closes_its_connection() -> None:
+    async with running_proxy("http://127.0.0.1:9/v1") as proxy:
+        stream = await proxy.connect()
+        await stream.send_all(
+            b"GET /v1/realtime HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+        )
+        with trio.fail_after(3):
+            assert (await read_all(stream)).startswith(b"HTTP/1.1 400")
+
+
 @pytest.mark.parametrize("status", [404, 502])
 async def test_a_refused_handshake_followed_by_data_hurts_nobody(upstream: Upstream, status: int) -> None:
     async with running_proxy(upstream.url) as proxy, trio.open_nursery() as nursery:

@@ -22,6 +22,7 @@ from werkzeug.datastructures import Headers as WerkzeugHeaders
 from trioproxy import errors, request
 from trioproxy.errors import Headers, ProxyError
 from trioproxy.flag import Flag
+from trioproxy.mailbox import MAILBOX, Mailbox
 from trioproxy.relay import Relay
 
 GUARD: Final = "trioproxy.guard"
@@ -209,6 +210,7 @@ class Exchange:
         "_ends",
         "_finishing",
         "_guard",
+        "_mailbox",
         "_relayed",
         "_send",
         "arrived",
@@ -228,7 +230,9 @@ class Exchange:
         self.cancel_scope: Final = trio.CancelScope()
         self.started = False
         self._send = send
-        self._guard: Guard | None = cast("dict[str, Guard]", scope.get("state") or {}).get(GUARD)
+        state = cast("dict[str, object]", scope.get("state") or {})
+        self._guard = cast("Guard | None", state.get(GUARD))
+        self._mailbox = cast("Mailbox | None", state.get(MAILBOX))
         self._finishing = False
         self._relayed = self._closing = False
         self._ends = math.inf
@@ -346,8 +350,12 @@ class Exchange:
     def __enter__(self) -> None:
         if self._guard is not None:
             self._guard.watch(self.leave)
+        if self._mailbox is not None:
+            self._mailbox.on_disconnect = self.leave
 
     def __exit__(self, *_: object) -> None:
+        if self._mailbox is not None:
+            self._mailbox.on_disconnect = None
         self.incoming.forget()
         if self._guard is not None:
             self._guard.unwatch(self.leave)

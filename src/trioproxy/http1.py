@@ -226,6 +226,8 @@ class ChunkedBody:
         self._beside = 0
         """Bytes that have come since the last ones of the body."""
         self._tail = b""
+        self._last = 0
+        """How many of the pieces had come when the body was complete."""
         self.on_body: Final = self._pieces.append
         self._parser = httptools.HttpResponseParser(self)
         self._parser.feed_data(_CHUNKED_HEAD)
@@ -234,7 +236,9 @@ class ChunkedBody:
         self.has_rest = self.complete
 
     def on_message_complete(self) -> None:
-        self.complete = True
+        if not self.complete:
+            self.complete = True
+            self._last = len(self._pieces)
 
     def feed(self, data: bytes) -> bytes:
         pieces = self._pieces
@@ -248,8 +252,11 @@ class ChunkedBody:
         self._tail = (self._tail + data[-6:])[-6:]
         if self.complete and (self._tail[:2] == b"\r\n" or not self._tail.endswith(b"\r\n\r\n")):
             self.has_rest = True  # llhttp passes over empty lines between messages
+        if self.has_rest:
+            del pieces[self._last :]  # llhttp reads what comes behind as another answer
         piece = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         pieces.clear()
+        self._last = 0
         self._beside = 0 if piece else self._beside + len(data)
         if self._beside > HEAD_SIZE_MAX:
             self.broken = ProtocolError(f"there are more than {HEAD_SIZE_MAX} bytes between its chunks' data")

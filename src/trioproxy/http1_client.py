@@ -84,6 +84,7 @@ class Connection:
         if self.stream is not None and self.stream.get_extra_info("is_readable"):
             await self.aclose()  # its end has come, or more than the last answer
         if kept := self.stream:
+            await trio.lowlevel.checkpoint_if_cancelled()  # sending may need none
             kept.begin()
             try:
                 return await self._attempt(kept, head, method, body, size, timing)

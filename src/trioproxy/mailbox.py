@@ -7,35 +7,50 @@ nothing of HTTP but that a body can be in several messages.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Final
+from typing import Final, cast
 
 import trio
 from hypercorn.config import Config
 from hypercorn.trio.task_group import TaskGroup, _handle
 from hypercorn.typing import AppWrapper, ASGIReceiveEvent, ASGISendEvent, Scope
 
+MAILBOX: Final = "trioproxy.mailbox"
+"""The key in an ASGI scope's `state` under which a request's mailbox is found."""
+
 
 class Mailbox:
     """Messages from a connection to the application, in order; one reader. Waits only where there is need to."""
 
-    __slots__ = ("_changed", "_messages", "_size")
+    __slots__ = ("_changed", "_gone", "_messages", "_size", "on_disconnect")
 
     def __init__(self, size: int) -> None:
+        self.on_disconnect: Callable[[], None] | None = None
+        """Called at once when a disconnect is left: what lies before it may be what nobody is going to take."""
         self._size: Final = size
         self._messages: list[ASGIReceiveEvent] = []
         self._changed: trio.Event | None = None
+        self._gone = False
 
     async def put(self, message: ASGIReceiveEvent) -> None:
         """Leave a message, waiting until fewer than `size` are there. A disconnect does not wait.
 
-        The end of a body joins the piece before, if that is still there.
+        The end of a body joins the piece before, if that is still there. Nobody waits behind a disconnect.
         """
+        if message["type"].endswith(".disconnect"):
+            self._gone = True
+            self._messages.append(message)
+            self._tell()
+            if self.on_disconnect is not None:
+                self.on_disconnect()
+            return
         if message["type"] == "http.request" and not message["body"] and self._messages:
             last = self._messages[-1]
             if last["type"] == "http.request":
                 last["more_body"] = message["more_body"]
                 return
-        while len(self._messages) >= self._size and not message["type"].endswith(".disconnect"):
+        while len(self._messages) >= self._size:
+            if self._gone:
+                return
             await self._change()
         self._messages.append(message)
         self._tell()
@@ -76,6 +91,7 @@ class Tasks(TaskGroup):
         if scope["type"] == "websocket":  # which counts on the turns that the channel gives to others
             return await super().spawn_app(app, config, scope, send)
         mailbox = Mailbox(config.max_app_queue_size)
+        cast("dict[str, object]", scope["state"])[MAILBOX] = mailbox
         assert self._nursery is not None
         threads = trio.to_thread.run_sync, trio.from_thread.run
         self._nursery.start_soon(_handle, app, config, scope, mailbox.receive, send, *threads)

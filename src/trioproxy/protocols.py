@@ -297,6 +297,11 @@ class Http1(H11Protocol):
             self.connection.receive_data(b"")
         await self._handle_events()
 
+    async def _create_stream(self, request: h11.Request) -> None:
+        await super()._create_stream(request)
+        if self.stream is not None and self.stream.closed:
+            await self.send(Closed())  # a handshake that has been refused: its answer says so
+
     async def _check_protocol(self, event: h11.Request) -> None:
         self.connection_state[METHOD] = event.method.decode("ascii")
         await super()._check_protocol(event)
@@ -420,14 +425,22 @@ class Http2(H2Protocol):
         method, path = fields[b":method"].decode("latin-1"), fields.get(b":path", b"")
         if reason := _unusable(fields):
             status, headers, body = self._parser.refuse(reason, method, path.decode("latin-1"))
-            self.connection.send_headers(event.stream_id, [(b":status", b"%d" % status), *headers])
-            self.connection.send_data(event.stream_id, body, end_stream=True)
+            with suppress(h2.exceptions.ProtocolError):  # it may have been reset in the same breath
+                self.connection.send_headers(event.stream_id, [(b":status", b"%d" % status), *headers])
+                if len(body) <= self.connection.local_flow_control_window(event.stream_id):
+                    self.connection.send_data(event.stream_id, body, end_stream=True)
+                else:
+                    self.connection.reset_stream(event.stream_id, h2.errors.ErrorCodes.CANCEL)
             return
         self.connection_state[METHOD] = method
         if event.stream_ended is None:
             self._unfinished.add(event.stream_id)
         self._parser.below.stir()
         await super()._handle_events([event])
+        stream = self.streams.get(event.stream_id)
+        if stream is not None and stream.closed:  # a WebSocket's handshake that has been refused
+            del self.streams[event.stream_id]
+            self._parser.below.settle()
 
     def _data_received(self, event: h2.events.DataReceived) -> None:
         if event.stream_id not in self.streams:  # it has been answered already
@@ -513,7 +526,12 @@ class Http2(H2Protocol):
                 # Taking nothing out would let the application write on.
                 self.priority.block(stream_id)
                 return
-        await super()._send_data(stream_id)
+        try:
+            await super()._send_data(stream_id)
+        except KeyError:
+            if stream_id in self.stream_buffers:
+                raise
+            return  # the client has reset it while something of it was being sent
         if len(buffer.buffer) < size and stream_id in self._sending:
             self._sending[stream_id].deadline = self._latest()
         if stream_id not in self.stream_buffers and stream_id in self._unfinished:

@@ -197,7 +197,8 @@ class GuardedStream(trio.abc.HalfCloseableStream):
     def reset_on_close(self) -> None:
         """Close the connection with a reset, so that an end that is told by closing alone does not look clean."""
         self._resetting = True
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        if self.socket.fileno() != -1:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
     def overhear(self, told: Callable[[bytes], None]) -> None:
         """Call `told` with the beginning of whatever is sent, before it is, as it was before encryption."""
@@ -238,7 +239,7 @@ class GuardedStream(trio.abc.HalfCloseableStream):
 
     def abort(self) -> None:
         """Close the socket now; whoever uses it gets an error, and a client that waits for something a reset."""
-        if self._exchanges and self.socket.fileno() != -1:
+        if self._exchanges:
             self.reset_on_close()
         self.socket.close()
 

@@ -15,6 +15,7 @@ from http2_client import Fields, Http2Client, http2_client
 from wire import Deaf, End, Pause, Script, Until, Wait, raw_upstream
 
 from support import Upstream, running_proxy, until
+from trioproxy.connection import UNTAKEN_SECONDS
 from trioproxy.protocols import Http2
 
 BASE: Final = b"Host: UPSTREAM\r\n"
@@ -293,6 +294,103 @@ async def test_an_upload_that_nobody_takes_holds_no_other_stream_up() -> None:
         client.connection.reset_stream(number)
         await client.flush()
         await until(lambda: proxy.recorder.passed_through, 3)
+        await _taken(client, proxy.port)
+
+
+async def test_a_stream_that_is_reset_while_it_is_being_sent_takes_no_other_along() -> None:
+    """The socket is full when the reset comes, so that sending one stream's piece is under way."""
+    length = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n"
+    async with (
+        raw_upstream((Wait.REQUEST, length % 10 + b"hello"), (Wait.REQUEST, length % 100_000_000)) as upstream,
+        running_proxy(upstream.url) as proxy,
+        http2_client(proxy.port, window=1 << 30) as client,
+        trio.open_nursery() as nursery,
+    ):
+        client.connection.increment_flow_control_window(1 << 30)
+        _, other = await client.request("GET", "/v1/models")
+        await client.until(lambda: other.body)
+        number, flooded = await client.request("GET", "/v1/files/1/content")
+        await client.until(lambda: flooded.status)
+        client.deaf = True
+
+        async def flood() -> None:
+            with suppress(trio.BrokenResourceError):
+                await upstream.wires[1].stream.send_all(bytes(30_000_000))
+
+        nursery.start_soon(flood)
+        await trio.sleep(0.5)
+        client.connection.reset_stream(number, h2.errors.ErrorCodes.CANCEL)
+        await client.flush()
+        await trio.sleep(0.1)
+        client.deaf = False
+        await upstream.wires[0].stream.send_all(b"world")
+        await client.until(lambda: other.over)
+        assert (bytes(other.body), other.ended) == (b"helloworld", True)
+
+
+CONNECT: Final = ((":method", "CONNECT"), (":authority", "x"))
+
+
+@pytest.mark.parametrize("way", ["reset in the same breath", "no room in its window"])
+async def test_a_request_that_is_refused_at_once_takes_no_other_stream_along(way: str) -> None:
+    is_reset = way.startswith("reset")
+    async with (
+        raw_upstream((Wait.REQUEST, Pause(0.3), OK)) as upstream,
+        running_proxy(upstream.url) as proxy,
+        http2_client(proxy.port, window=65535 if is_reset else 100) as client,
+    ):
+        _, other = await client.request("GET", "/v1/models")
+        await until(lambda: upstream.wires and upstream.wires[0].received)
+        number, refused = client.begin_stream(*CONNECT)
+        if is_reset:
+            client.connection.reset_stream(number)
+        await client.flush()
+        await client.until(lambda: is_reset or refused.over)
+        await client.until(lambda: other.over)
+        assert (bytes(other.body), other.ended) == (b"ok", True)
+        assert len(proxy.recorder.refused) == 1
+
+
+async def test_a_refused_web_socket_does_not_keep_its_connection() -> None:
+    handshake = {":method": "CONNECT", ":protocol": "websocket", ":scheme": "http", ":path": "/v1/realtime"}
+    async with (
+        running_proxy("http://127.0.0.1:9/v1", server={"keep_alive_timeout": 0.3}) as proxy,
+        http2_client(proxy.port) as client,
+    ):
+        _, refused = client.begin_stream(*handshake.items(), (":authority", "x"), ("sec-websocket-version", "8"))
+        await client.flush()
+        await client.until(lambda: refused.over)
+        await client.until(lambda: client.closed, 3)
+        assert client.closed
+
+
+@pytest.mark.parametrize("all_together", [False, True], ids=["of one upload", "of all uploads"])
+async def test_a_reset_of_an_upload_is_seen_where_no_more_is_read_ahead(
+    monkeypatch: pytest.MonkeyPatch, all_together: bool
+) -> None:
+    """Contract 4: within three seconds."""
+    if all_together:
+        monkeypatch.setattr("trioproxy.connection.ALL_AHEAD_SIZE_MAX", 0)
+    else:
+        monkeypatch.setattr("trioproxy.connection.AHEAD_SIZE_MAX", 100_000)
+    async with (
+        raw_upstream((Deaf(), Pause(30))) as upstream,
+        running_proxy(upstream.url) as proxy,
+        http2_client(proxy.port) as client,
+    ):
+        number, _ = await client.request("POST", "/v1/files", end=False)
+        last = trio.current_time()
+        while trio.current_time() - last < 2 * UNTAKEN_SECONDS + 0.2:  # until nothing more is taken
+            if room := min(client.connection.local_flow_control_window(number), 16384):
+                client.connection.send_data(number, b"x" * room)
+                await client.flush()
+                last = trio.current_time()
+            else:
+                await trio.sleep(0.01)
+        client.connection.reset_stream(number, h2.errors.ErrorCodes.CANCEL)
+        await client.flush()
+        await until(lambda: proxy.recorder.passed_through, 3)
+        assert proxy.recorder.passed_through[0].ending.code == "cancelled"
         await _taken(client, proxy.port)
 
 

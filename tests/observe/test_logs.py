@@ -316,6 +316,35 @@ def test_what_is_not_known_is_not_written() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("log_format", "encoding", "model"), [("console", "utf-8", "m\ud800"), ("json", "latin-1", "模型")]
+)
+def test_a_line_that_cannot_be_encoded_takes_no_other_along(log_format: str, encoding: str, model: str) -> None:
+    raw = io.BytesIO()
+    with configured("info", log_format, stream=io.TextIOWrapper(raw, encoding=encoding, write_through=True)) as log:
+        for request_id, name in (("good", "gpt"), ("odd", model), ("next", "gpt")):
+            structlog.get_logger().info("request completed", request_id=request_id, model=name)
+        log.writer.close()
+        assert log.writer.dropped == 0
+        assert [raw.getvalue().count(word) for word in (b"good", b"odd", b"next")] == [1, 1, 1]
+
+
+def test_a_line_that_cannot_be_rendered_takes_no_other_along() -> None:
+    with configured("info", "json") as log:
+        for value in (1, object(), 3):
+            structlog.get_logger().info("something", value=value if isinstance(value, int) else Unsayable())
+        log.writer.close()
+        assert [line["value"] for line in log.lines()] == [1, 3]
+        assert log.writer.dropped == 1
+
+
+class Unsayable:
+    """Has no words for itself."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError
+
+
 def test_a_line_begins_with_when_how_bad_and_what() -> None:
     before = datetime.now(UTC)
     with configured() as log:
@@ -525,6 +554,23 @@ def test_a_file_that_cannot_be_written_is_told_at_once(tmp_path: Path) -> None:
         with pytest.raises(OSError, match=r"taken|directory"):
             Writer(io.StringIO(), logs.render_json, file)
     assert threading.active_count() == threads
+
+
+def test_a_file_that_is_moved_back_is_written_again(tmp_path: Path) -> None:
+    """Meanwhile there could be no new one."""
+    path, moved = tmp_path / "proxy.log", tmp_path / "moved"
+    with configured("info", "json", path) as log:
+        structlog.get_logger().info("line", n=1)
+        wait_until(lambda: path.read_text() != "")
+        path.rename(moved)
+        path.mkdir()
+        structlog.get_logger().info("line", n=2)
+        wait_until(lambda: log.writer.dropped == 1)
+        path.rmdir()
+        moved.rename(path)
+        structlog.get_logger().info("line", n=3)
+        log.writer.close()
+        assert [line["n"] for line in as_lines(path.read_text())] == [1, 3]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ warnings and whatever else goes through the standard library's logging take the 
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import logging
 import os
@@ -95,8 +96,9 @@ class _File:
 
     def write(self, text: str) -> None:
         if self._was_rotated():
-            self._file.close()
+            old = self._file
             self._open()
+            old.close()
         data = text.encode("utf-8", "backslashreplace")
         if self._torn:  # by a disk that was full: do not let it spoil the next line
             data = b"\n" + data
@@ -174,10 +176,18 @@ class _Lane:
 
     def _write(self, lines: list[Line]) -> None:
         try:
-            self._sink.write("".join(self._render(line) + "\n" for line in lines))
+            self._sink.write("".join([self._rendered(line) for line in lines]))
             self._sink.flush()
         except Exception:
             self.dropped += len(lines)
+
+    def _rendered(self, line: Line) -> str:
+        """One line that cannot be said must not take the others along."""
+        try:
+            return self._render(line) + "\n"
+        except Exception:
+            self.dropped += 1
+            return ""
 
 
 class Writer:
@@ -285,6 +295,8 @@ def configure(
     the file cannot be written.
     """
     stream = sys.stdout if stream is None else stream
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")  # a line's odd character must not cost all that go with it
     console = stream.isatty() if log_format is None else log_format == "console"
     render = _Console(colors=stream.isatty()) if console else render_json
     writer = Writer(None if file_only else stream, render, file)
