@@ -15,7 +15,7 @@ import shutil
 import subprocess
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
@@ -67,6 +67,13 @@ class Peer:
     """What it is called on the search path."""
     version: Callable[[Path], str]
     launch: Callable[[Site], Launch]
+    parts: tuple[str, ...] | None = None
+    """The parts of the bench that it takes part in; None: in all."""
+
+    @property
+    def option(self) -> str:
+        """The name of the bench's option that says where it is."""
+        return self.name.partition(",")[0].lower()
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +100,12 @@ LITELLM_ENVIRONMENT: Final = {
 
 
 def litellm(site: Site) -> Launch:
+    """With its Prometheus metrics and its JSON log, as trioproxy has them: it logs requests at level INFO alone."""
+    launch = litellm_bare(site, {"litellm_settings": {"callbacks": ["prometheus"], "json_logs": True}})
+    return replace(launch, environment=launch.environment | {"LITELLM_LOG": "INFO"})
+
+
+def litellm_bare(site: Site, more_settings: Mapping[str, object] = MappingProxyType({})) -> Launch:
     """No database; it does not start without a key. What is refused it tries again, as it does by default."""
     settings = {
         "model_list": [
@@ -100,7 +113,8 @@ def litellm(site: Site) -> Launch:
                 "model_name": MODEL,
                 "litellm_params": {"model": f"openai/{MODEL}", "api_base": site.upstream, "api_key": "none"},
             }
-        ]
+        ],
+        **more_settings,
     }
     config = site.write("litellm.yaml", json.dumps(settings))  # JSON is YAML
     key = f"sk-{secrets.token_hex(32)}"
@@ -110,6 +124,11 @@ def litellm(site: Site) -> Launch:
         LITELLM_ENVIRONMENT | {"LITELLM_MASTER_KEY": key, "HOME": str(site.folder)},
         {"Authorization": f"Bearer {key}"},
     )
+
+
+def litellm_version(program: Path) -> str:
+    """As it says."""
+    return _said([str(program), "--version"], LITELLM_ENVIRONMENT)
 
 
 PORTKEY_ON_LOOPBACK: Final = """
@@ -231,7 +250,8 @@ def version_in(text: str) -> str:
 
 
 PEERS: Final = (
-    Peer("LiteLLM", "litellm", lambda program: _said([str(program), "--version"], LITELLM_ENVIRONMENT), litellm),
+    Peer("LiteLLM", "litellm", litellm_version, litellm),
+    Peer("LiteLLM, bare", "litellm", litellm_version, litellm_bare, ("cpu",)),
     Peer("Portkey", "gateway", portkey_version, portkey),
     Peer("nginx", "nginx", lambda program: _said([str(program), "-v"]), nginx),
     Peer("HAProxy", "haproxy", lambda program: _said([str(program), "-v"]), haproxy),
@@ -251,9 +271,10 @@ def find(asked: Mapping[str, str]) -> Found:
     """Look for each where `asked` says, else on the search path."""
     found = Found({}, {}, {})
     for peer in PEERS:
-        program = shutil.which(asked.get(peer.name) or peer.program)
+        wanted = asked.get(peer.option) or peer.program
+        program = shutil.which(wanted)
         if program is None:
-            found.left_out[peer.name] = f"no {asked.get(peer.name) or peer.program} on the search path"
+            found.left_out[peer.name] = f"no {wanted} on the search path"
             continue
         try:
             found.versions[peer.name] = peer.version(Path(program))
@@ -262,6 +283,12 @@ def find(asked: Mapping[str, str]) -> Found:
         else:
             found.programs[peer.name] = Path(program)
     return found
+
+
+def takes_part(name: str, part: str) -> bool:
+    """Whether a server takes part in a part of the bench."""
+    limits = [peer.parts for peer in PEERS if peer.name == name and peer.parts is not None]
+    return all(part in parts for parts in limits)
 
 
 @asynccontextmanager

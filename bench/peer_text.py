@@ -26,7 +26,7 @@ PARTS: Final = {
     "cpu": "CPU of the serving process, in the obvious proxy's of the same round",
     "cpu, absolute": "the obvious proxy's own CPU, µs",
     "cpu, noise": "the obvious proxy's CPU in its own of the round before: the machine's noise",
-    "cpu, gate": "LiteLLM's CPU in trioproxy's of the same round, at least 20",
+    "cpu, gate": "LiteLLM's CPU in trioproxy's of the same round, at least 20; bare: without metrics and log",
     "latency": f"added to an answer that takes {SERVICE_MS} ms, one connection, ms",
     "latency, absolute": "without a proxy, ms",
     "first token": f"added to the time until a stream's first event, which takes {SERVICE_MS} ms, ms",

@@ -30,7 +30,7 @@ import results
 import trio
 from parts import OBVIOUS, OURS, Upstream
 from peer_rounds import Round
-from peer_servers import PEERS, Found, Target, check, find, serving
+from peer_servers import PEERS, Found, Target, check, find, serving, takes_part
 from results import Figure, figure
 
 DIRECT = "no proxy"
@@ -83,11 +83,10 @@ def cpu_figures(part: str, found: dict[str, list[Round]]) -> list[Figure]:
         for who, rounds in found.items():
             ratios = [own / other for own, other in zip(of(rounds, what), base, strict=True)]
             figures.append(figure(ratios, part=part, what=what, who=who, unit="ratio"))
-            if who == LITELLM:
+            if who.startswith(LITELLM):
                 ours = [own / other for own, other in zip(of(rounds, what), of(found[OURS], what), strict=True)]
-                figures.append(
-                    figure(ours, part=f"{part}, gate", what=what, who=who, unit="ratio", at_least=LITELLM_RATIO_MIN)
-                )
+                gate = LITELLM_RATIO_MIN if who == LITELLM else None
+                figures.append(figure(ours, part=f"{part}, gate", what=what, who=who, unit="ratio", at_least=gate))
     return figures
 
 
@@ -173,15 +172,18 @@ async def measure(
             for comparison in COMPARISONS:
                 if comparison.part in parts:
                     tell(comparison.part)
-                    all_of_them = [*targets, Target(DIRECT, None, upstream.port)] if comparison.direct else targets
-                    measured = await rounds_of(comparison, all_of_them, rounds)
+                    asked = [target for target in targets if takes_part(target.name, comparison.part)]
+                    asked += [Target(DIRECT, None, upstream.port)] if comparison.direct else []
+                    measured = await rounds_of(comparison, asked, rounds)
                     figures += comparison.figures(comparison.part, measured)
             if "reclaim" in parts:
                 tell("reclaim")
-                figures += await reclaim_figures(targets, upstream)
+                asked = [target for target in targets if takes_part(target.name, "reclaim")]
+                figures += await reclaim_figures(asked, upstream)
         nursery.cancel_scope.cancel()
     if "urgent" in parts:
-        figures += await peer_urgent.compare((OBVIOUS, OURS, *found.programs), found, seconds, tell)
+        names = tuple(name for name in names if name not in found.left_out and takes_part(name, "urgent"))
+        figures += await peer_urgent.compare(names, found, seconds, tell)
     return figures
 
 
@@ -199,9 +201,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each part, at most (%(default)s)")
     parser.add_argument("--seconds", type=float, default=peer_urgent.SECONDS, help="of urgent load (%(default)g)")
     parser.add_argument("--part", action="append", choices=PARTS, help="only this; may be said several times")
-    for peer in PEERS:
-        said = f"instead of {peer.program} on the search path"
-        parser.add_argument(f"--{peer.name.lower()}", metavar="PROGRAM", help=said)
+    programs = {peer.option: peer.program for peer in PEERS}
+    for option, program in programs.items():
+        parser.add_argument(f"--{option}", metavar="PROGRAM", help=f"instead of {program} on the search path")
     results.add_option(parser)
     parser.add_argument("--write", action="store_true", help="keep the figures, and put them into page and charts")
     parser.add_argument("--note", default="", help="something that must be known beside the figures")
@@ -210,7 +212,7 @@ def main() -> None:
         parser.error(f"--rounds: from 1 to {ROUNDS_MAX}; --seconds: from 1 to 60")
     if options.write and options.part:
         parser.error("--write is for all parts together")
-    asked = {peer.name: said for peer in PEERS if (said := getattr(options, peer.name.lower()))}
+    asked = {option: said for option in programs if (said := getattr(options, option))}
     peers = find(asked)
     parts = options.part or PARTS
     began = time.monotonic()

@@ -103,10 +103,17 @@ def test_a_peer_is_kept_to_the_loopback_interface(peer: peer_servers.Peer, tmp_p
 
 
 def test_who_is_not_there_is_left_out_by_name() -> None:
-    found = peer_servers.find({peer.name: "/nowhere/at-all" for peer in peer_servers.PEERS})
+    found = peer_servers.find({peer.option: "/nowhere/at-all" for peer in peer_servers.PEERS})
     assert found.programs == {}
-    assert set(found.left_out) == {"LiteLLM", "Portkey", "nginx", "HAProxy"}
+    assert set(found.left_out) == {"LiteLLM", "LiteLLM, bare", "Portkey", "nginx", "HAProxy"}
     assert "no /nowhere/at-all" in found.left_out["nginx"]
+
+
+def test_who_takes_part_in_what() -> None:
+    parts = ("cpu", "latency", "urgent")
+    assert [peer_servers.takes_part("LiteLLM, bare", part) for part in parts] == [True, False, False]
+    for name in ("LiteLLM", "nginx", OBVIOUS, OURS):
+        assert all(peer_servers.takes_part(name, part) for part in parts)
 
 
 def test_a_version_is_found_in_what_a_program_says() -> None:
