@@ -204,7 +204,7 @@ class Soak:
         self.seed = seed
         self.folder = folder
         self.ledger = Ledger()
-        self.upstream = Upstream(seed, self.ledger.complain, self._call_ended)
+        self.upstream = Upstream(seed, self.ledger.complain, self._judge)
         self.chance = Random(f"{seed}/load")
         self.checks: list[Check] = []
         self.clients = 0
@@ -225,6 +225,7 @@ class Soak:
                 self.world = World(self.proxy.port, self.seed, self.ledger)
                 nursery.start_soon(self._watch_for_orphans)
                 nursery.start_soon(self._watch_lag)
+                nursery.start_soon(self._watch_health)
                 await self._load_and_measure()
                 await self._check_the_end()
             nursery.cancel_scope.cancel()
@@ -325,14 +326,27 @@ class Soak:
 
     # Watching
 
-    def _call_ended(self, call: Call) -> None:
-        self.ledger.call_ended(call.number)
+    def _judge(self, call: Call) -> None:
+        self.ledger.judge(call.number, call.began, web_socket=call.is_web_socket)
 
     async def _watch_for_orphans(self) -> None:
         while True:
             await trio.sleep(0.25)
             for call in self.upstream.open:
-                self.ledger.call_is_open(call.number)
+                self._judge(call)
+
+    async def _watch_health(self) -> None:
+        """How late the proxy is, new connections included."""
+        while True:
+            self.ledger.glance()
+            try:
+                async with await trio.open_tcp_stream("127.0.0.1", self.proxy.port) as stream:
+                    await stream.send_all(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+                    await stream.receive_some()
+            except (OSError, trio.BrokenResourceError):
+                pass  # it is being ended
+            self.ledger.glance()
+            await trio.sleep(0.1)
 
     async def _watch_lag(self) -> None:
         while True:
@@ -488,7 +502,8 @@ class Soak:
             f"{1000 * seconds:.0f} ms (request {number})" for seconds, number in ledger.slowest_to_end.values()
         )
         say(f"calls outlived their clients by at most {seen}; those that pipelined or were uploading: {unseen}")
-        say(f"this process was late by {1000 * self.most_lag:.0f} ms at most")
+        late = (ledger.latest, self.most_lag)
+        say("late, at most: the proxy by {:.0f} ms, this process by {:.0f} ms".format(*(1000 * each for each in late)))
         say("")
         for check in self.checks:
             say(str(check))
