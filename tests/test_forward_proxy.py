@@ -63,6 +63,18 @@ async def test_https_asks_for_a_tunnel(environment: pytest.MonkeyPatch) -> None:
     assert heard[0].startswith(b"CONNECT api.test:443 HTTP/1.1\r\n")
 
 
+async def test_what_cannot_be_read_of_an_answer_is_not_quoted(environment: pytest.MonkeyPatch) -> None:
+    async with forward_proxy([], b"SECRET answer\r\n\r\n") as address:
+        environment.setenv("HTTP_PROXY", address)
+        async with running_proxy("http://api.test/v1") as proxy:
+            answer = await proxy.client.post(CHAT)
+            assert answer.json()["error"]["code"] == "upstream_protocol_error"
+            assert "SECRET" not in answer.text
+    (ended,) = proxy.recorder.ended
+    assert ended.progress is not None
+    assert "SECRET" not in str(ended.progress.error)
+
+
 async def test_no_proxy_is_obeyed(environment: pytest.MonkeyPatch) -> None:
     heard: list[bytes] = []
     async with forward_proxy(heard, b"") as address:

@@ -437,6 +437,17 @@ async def test_an_upstream_is_known_to_be_out_for_ten_seconds(autojump_clock: Mo
     assert h.proxy.probes.ready()[1] == 200
 
 
+async def test_an_upstream_that_takes_no_connection_in_time_is_known_to_be_out(
+    autojump_clock: MockClock, house: Build
+) -> None:
+    h = house(upstream={"connect_timeout": 5})
+    h.proxy.probes.serving = True
+    h.upstream.accept = trio.sleep_forever
+    answer = await h.client().post()
+    assert (answer.status, answer.code) == (502, "upstream_unreachable")
+    assert h.proxy.probes.ready() == ({"status": "not ready", "reason": "the upstream cannot be reached"}, 503)
+
+
 async def test_an_upstream_that_answers_is_not_out_any_more(autojump_clock: MockClock, house: Build) -> None:
     h = house()
     h.proxy.probes.serving = True

@@ -679,6 +679,8 @@ async def test_probes_and_metrics(upstream: Upstream) -> None:
             assert (missing.status_code, missing.json()["error"]["code"]) == (404, "not_found")
         assert (await proxy.client.post("/health")).status_code == 404
         for path in ("/health", "/ready", "/metrics"):
+            options = await proxy.client.options(path)
+            assert (options.status_code, options.json()["error"]["code"]) == (404, "not_found")
             answer = await proxy.client.head(path, headers={"X-Request-Id": "mine"})
             assert answer.status_code == 200
             assert answer.headers["x-request-id"] == answer.headers["x-trioproxy-request-id"] == "mine"
@@ -694,7 +696,34 @@ async def test_messages_say_it_in_words_and_not_in_pythons() -> None:
         with trio.fail_after(5):
             while b"}}" not in answer:
                 answer += await stream.receive_some()
-        assert b"illegal request line: 'nonsense'." in answer
+        assert b"The request cannot be read: illegal request line." in answer
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        post(b"{}") + b'"prompt": "it\'s SECRET"}\r\n\r\n',  # its Content-Length is wrong
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nSECRET\r\n\r\n",
+        b"GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization : Bearer SECRET\r\n\r\n",
+        b"GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization\xff: Bearer 'SECRET\"\r\n\r\n",
+        b"Authorization: Bearer SECRET\r\n\r\n",
+    ],
+    ids=["a body's rest", "a chunk", "a blank before the colon", "an odd name", "no request"],
+)
+async def test_what_cannot_be_read_is_not_quoted_in_the_log(upstream: Upstream, sent: bytes) -> None:
+    out = StringIO()
+    writer = logs.configure("debug", "json", None, out)
+    async with running_proxy(upstream.url) as proxy, trio.open_nursery() as nursery:
+        nursery.start_soon(upstream.behave, Call.answer)
+        stream = await proxy.connect()
+        await stream.send_all(sent)
+        answer = await read_until_closed(stream)
+        assert b'"code":"invalid_request"' in answer
+        assert b"SECRET" not in answer
+        nursery.cancel_scope.cancel()
+    writer.close()
+    assert "request refused" in out.getvalue()
+    assert "SECRET" not in out.getvalue()
 
 
 async def test_shutting_down_finishes_running_and_queued_work(upstream: Upstream) -> None:

@@ -443,14 +443,27 @@ async def test_what_is_not_under_v1_is_refused_and_counted(peer: Peer) -> None:
         assert (await proxy.client.get("/health")).status_code == 200
 
 
-async def test_a_handshake_that_is_none_closes_its_connection() -> None:
+@pytest.mark.parametrize(
+    ("handshake", "reason"),
+    [
+        (HANDSHAKE.replace(b"Sec-WebSocket-Key", b"X"), b"no Sec-WebSocket-Key"),
+        (HANDSHAKE.replace(b"Sec-WebSocket-Version", b"X"), b"no Sec-WebSocket-Version of 13"),
+        (HANDSHAKE.replace(b"Version: 13", b"Version: 8"), b"no Sec-WebSocket-Version of 13"),
+        (HANDSHAKE.replace(b"HTTP/1.1", b"HTTP/1.0"), b"needs HTTP/1.1"),
+    ],
+    ids=["no key", "no version", "another version", "HTTP/1.0"],
+)
+async def test_a_handshake_that_is_none_is_refused_and_closes_its_connection(handshake: bytes, reason: bytes) -> None:
     async with running_proxy("http://127.0.0.1:9/v1") as proxy:
         stream = await proxy.connect()
-        await stream.send_all(
-            b"GET /v1/realtime HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
-        )
+        await stream.send_all(handshake)
         with trio.fail_after(3):
-            assert (await read_all(stream)).startswith(b"HTTP/1.1 400")
+            answer = await read_all(stream)
+        assert answer.startswith(b"HTTP/1.1 400")
+        assert b"\r\nx-request-id: req_" in answer
+        assert b'"code":"invalid_request"' in answer
+        assert reason in answer
+        assert [event.ending.code for event in proxy.recorder.refused] == ["invalid_request"]
 
 
 @pytest.mark.parametrize("status", [404, 502])

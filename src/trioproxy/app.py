@@ -392,15 +392,15 @@ def _register_handlers(app: ProxyApp, proxy: Proxy) -> None:
     async def v1_websocket(rest: str) -> Response:
         return proxy.session(current_handshake())
 
-    @app.get("/health")
+    @app.get("/health", provide_automatic_options=False)
     async def health() -> dict[str, object]:
         return proxy.probes.health()
 
-    @app.get("/ready")
+    @app.get("/ready", provide_automatic_options=False)
     async def ready() -> tuple[dict[str, object], int]:
         return proxy.probes.ready()
 
-    @app.get("/metrics")
+    @app.get("/metrics", provide_automatic_options=False)
     async def metrics() -> Response:
         accept = b",".join(current_exchange().head.values(b"accept")).decode("latin-1")
         exposition, content_type = proxy.metrics.expose(accept)

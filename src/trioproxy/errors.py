@@ -8,6 +8,7 @@ scheduling or of metrics: they all read this table.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum, StrEnum, auto
@@ -286,6 +287,14 @@ class ProxyError(Exception):
         self.close = close
         self.retry_after = min(max(retry_after, RETRY_SECONDS_MIN), RETRY_SECONDS_MAX)
         super().__init__(ending.message.format(retry_after=math.ceil(self.retry_after), **facts))
+
+
+_QUOTED_BYTES: Final = re.compile(r""":?\s*\b(?:bytearray\()?b['"].*""", re.DOTALL)
+
+
+def without_quotes(message: str) -> str:
+    """A parser's message, but for what it quotes, as Python writes bytes: that may be a key, or a piece of a body."""
+    return _QUOTED_BYTES.sub("", message)
 
 
 def body(error: ProxyError) -> bytes:

@@ -7,7 +7,6 @@ method in its own letter case. This module knows nothing of scheduling or of the
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -36,7 +35,7 @@ from hypercorn.typing import TaskGroup as AnyTaskGroup
 from priority.priority import MissingStreamError
 from wsproto.connection import ConnectionState
 
-from trioproxy.errors import Headers
+from trioproxy.errors import Headers, without_quotes
 from trioproxy.http1_server import Mark, PlainConnection, PlainRequest
 from trioproxy.mailbox import Tasks
 from trioproxy.request import METHOD
@@ -84,9 +83,6 @@ class Parser:
     write_timeout: float
     below: Below
 
-
-_QUOTED_BYTES: Final = re.compile(r"""\b(?:bytearray\(b|b)(?P<quoted>'[^']*'|"[^"]*")\)?""")
-"""How h11 quotes what it could not read: as Python would."""
 
 READ_AS_TEXT: Final = frozenset({b"connection", b"upgrade", b"sec-websocket-protocol", b"sec-websocket-extensions"})
 """Fields that Hypercorn reads as ASCII, and fails on if they are not."""
@@ -217,7 +213,32 @@ class Lenient(h11.Connection):
             for name, value in event.headers:
                 if name in READ_AS_TEXT and not value.isascii():
                     raise h11.RemoteProtocolError(f"the field {name.decode()} has characters that are not ASCII")
+            if reason := _unusable_handshake(event):
+                raise h11.RemoteProtocolError(reason)
         return event
+
+
+def _unusable_handshake(request: h11.Request) -> str:
+    """Why Hypercorn would refuse this handshake of a WebSocket, with an empty answer; or empty, also if it is none."""
+    fields = dict(request.headers)
+    tokens = [token.strip() for token in fields.get(b"connection", b"").lower().split(b",")]
+    if (
+        request.method.upper() != b"GET"
+        or b"upgrade" not in tokens
+        or fields.get(b"upgrade", b"").lower() != b"websocket"
+    ):
+        return ""
+    if request.http_version != b"1.1":
+        return "a WebSocket needs HTTP/1.1"
+    if b"sec-websocket-key" not in fields:
+        return "the WebSocket's handshake has no Sec-WebSocket-Key"
+    return _unusable_version(fields)
+
+
+def _unusable_version(fields: dict[bytes, bytes]) -> str:
+    """Why the version of a WebSocket cannot be had (RFC 6455 section 4.1); or empty."""
+    is_known = fields.get(b"sec-websocket-version") == b"13"
+    return "" if is_known else "the WebSocket's handshake has no Sec-WebSocket-Version of 13"
 
 
 class Http1(H11Protocol):
@@ -297,11 +318,6 @@ class Http1(H11Protocol):
             self.connection.receive_data(b"")
         await self._handle_events()
 
-    async def _create_stream(self, request: h11.Request) -> None:
-        await super()._create_stream(request)
-        if self.stream is not None and self.stream.closed:
-            await self.send(Closed())  # a handshake that has been refused: its answer says so
-
     async def _check_protocol(self, event: h11.Request) -> None:
         self.connection_state[METHOD] = event.method.decode("ascii")
         await super()._check_protocol(event)
@@ -341,7 +357,7 @@ class Http1(H11Protocol):
         """Answer what could not be read; its error is still being handled."""
         scope = self.stream.scope if isinstance(self.stream, HTTPStream) else None
         method, path = (scope["method"], scope["raw_path"].decode("latin-1")) if scope else ("", "")
-        reason = _QUOTED_BYTES.sub(r"\1", str(sys.exception()))
+        reason = without_quotes(str(sys.exception()))
         status, headers, body = self._parser.refuse(reason, method, path)
         headers = [*headers, (b"connection", b"close")]
         await self.stream_send(Response(stream_id=STREAM_ID, headers=headers, status_code=status))
@@ -370,6 +386,8 @@ def _unusable(fields: dict[bytes, bytes]) -> str:
         return "the path has characters that must be percent-encoded"
     if fields[b":method"].upper() == b"CONNECT" and fields.get(b":protocol") != b"websocket":
         return "CONNECT is served for WebSockets alone: this is no forward proxy"
+    if fields[b":method"].upper() == b"CONNECT" and (reason := _unusable_version(fields)):
+        return reason
     wrong = [name.decode() for name in READ_AS_TEXT if not fields.get(name, b"").isascii()]
     return f"the field {wrong[0]} has characters that are not ASCII" if wrong else ""
 
@@ -437,10 +455,6 @@ class Http2(H2Protocol):
             self._unfinished.add(event.stream_id)
         self._parser.below.stir()
         await super()._handle_events([event])
-        stream = self.streams.get(event.stream_id)
-        if stream is not None and stream.closed:  # a WebSocket's handshake that has been refused
-            del self.streams[event.stream_id]
-            self._parser.below.settle()
 
     def _data_received(self, event: h2.events.DataReceived) -> None:
         if event.stream_id not in self.streams:  # it has been answered already

@@ -275,7 +275,10 @@ class Upstream:
                     raise ProxyError(errors.UPSTREAM_PROTOCOL_ERROR, upstream=self.url, reason=reason)
                 yield Response(head, connection, phases, settings.idle_timeout)
             if phases.scope.cancelled_caught:
-                raise phases.error(self.url)
+                timeout = phases.error(self.url)
+                if timeout.ending is errors.UPSTREAM_UNREACHABLE:
+                    self._unreachable_at = trio.current_time()
+                raise timeout
         finally:
             self._calls.discard(phases)
             progress.upstream_seconds = phases.seconds
@@ -396,7 +399,7 @@ def _reason(error: BaseException) -> str:
     if isinstance(root, OSError) and not isinstance(root, ssl.SSLError) and (root.errno or 0) > 0:
         return f"{os.strerror(root.errno or 0)}."  # trio says the address too, as a tuple
     message = str(root) or str(error) or _WITHOUT_MESSAGE.get(type(error), type(error).__name__)
-    return message.rstrip(".") + "."
+    return errors.without_quotes(message).rstrip(".") + "."
 
 
 def _tls_context(url: httpx.URL, settings: UpstreamSettings) -> ssl.SSLContext:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 from contextlib import suppress
 from functools import partial
 from typing import Any, Final
@@ -360,6 +361,8 @@ async def test_a_refused_web_socket_does_not_keep_its_connection() -> None:
         _, refused = client.begin_stream(*handshake.items(), (":authority", "x"), ("sec-websocket-version", "8"))
         await client.flush()
         await client.until(lambda: refused.over)
+        assert json.loads(bytes(refused.body))["error"]["code"] == "invalid_request"
+        assert [event.ending.code for event in proxy.recorder.refused] == ["invalid_request"]
         await client.until(lambda: client.closed, 3)
         assert client.closed
 
