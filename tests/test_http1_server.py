@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from trioproxy.http1 import Headers
-from trioproxy.http1_server import Mark, PlainConnection, PlainRequest, read_plain
+from trioproxy.http1_server import Mark, PlainConnection, PlainRequest, read_plain, reason_phrase
 from trioproxy.protocols import Lenient
 
 HEAD_SIZE_MAX = 2000
@@ -104,7 +104,7 @@ class Reader:
             self.sent += b"".join(self._plain.data(piece) for piece in pieces) + self._plain.end()
         else:
             for event in (
-                h11.Response(status_code=status, headers=headers),
+                h11.Response(status_code=status, headers=headers, reason=reason_phrase(status)),
                 *(h11.Data(data=piece) for piece in pieces),
                 h11.EndOfMessage(),
             ):

@@ -400,7 +400,7 @@ def to_upstream(
 
 def to_client(fields: Sent, queue_seconds: float | None = None) -> Sent:
     """What goes to the client of these fields."""
-    fields_sent = request.client_headers(raw(fields), "req_ours", queue_seconds)
+    fields_sent = request.client_headers(200, raw(fields), "req_ours", queue_seconds)
     return [(name.decode("latin-1"), value.decode("latin-1")) for name, value in fields_sent]
 
 

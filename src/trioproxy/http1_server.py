@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import Enum, auto
+from http import HTTPStatus
 from typing import Final
 
 import h11
@@ -35,6 +36,12 @@ _FRAMING: Final = frozenset({b"content-length", b"transfer-encoding"})
 _HEAD_END: Final = re.compile(rb"\n\r?\n")
 _TARGET: Final = re.compile(rb"[!-~]+")
 _LENGTH: Final = re.compile(rb"[0-9]{1,15}")
+_REASONS: Final = {int(status): status.phrase.encode("ascii") for status in HTTPStatus}
+
+
+def reason_phrase(status: int) -> bytes:
+    """The reason phrase of a status (RFC 9112 section 4): some clients take an answer without one for none."""
+    return _REASONS.get(status, b"")
 
 
 class Mark(Enum):
@@ -227,7 +234,11 @@ class PlainConnection:
         self.our_state = h11.SEND_BODY
         if self._closing and self.their_state is h11.DONE:
             self.their_state = h11.MUST_CLOSE
-        return b"HTTP/1.1 %d \r\n%b\r\n" % (status, b"".join([b"%b: %b\r\n" % field for field in headers]))
+        return b"HTTP/1.1 %d %b\r\n%b\r\n" % (
+            status,
+            reason_phrase(status),
+            b"".join([b"%b: %b\r\n" % field for field in headers]),
+        )
 
     def data(self, piece: bytes) -> bytes:
         """A piece of the answer's body."""

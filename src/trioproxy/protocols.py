@@ -36,7 +36,7 @@ from priority.priority import MissingStreamError
 from wsproto.connection import ConnectionState
 
 from trioproxy.errors import Headers, without_quotes
-from trioproxy.http1_server import Mark, PlainConnection, PlainRequest
+from trioproxy.http1_server import Mark, PlainConnection, PlainRequest, reason_phrase
 from trioproxy.mailbox import Tasks
 from trioproxy.request import METHOD
 
@@ -241,6 +241,17 @@ def _unusable_version(fields: dict[bytes, bytes]) -> str:
     return "" if is_known else "the WebSocket's handshake has no Sec-WebSocket-Version of 13"
 
 
+def _asks_for_h2c(request: h11.Request) -> bool:
+    """Whether an Upgrade to h2c is one (RFC 7540 section 3.2, RFC 9110 section 7.8), which Hypercorn does not ask.
+
+    A proxy before this one that passes `Upgrade` on by itself would take all that follows for one request.
+    """
+    connection = b",".join([value for name, value in request.headers if name == b"connection"])
+    named = {token.strip().lower() for token in connection.split(b",")}
+    settings = sum(name == b"http2-settings" for name, _ in request.headers)
+    return request.http_version == b"1.1" and settings == 1 and {b"upgrade", b"http2-settings"} <= named
+
+
 class Http1(H11Protocol):
     """HTTP/1.1 and HTTP/1.0: without h11 as long as requests are plain, by h11 from the first one on that is not."""
 
@@ -320,7 +331,8 @@ class Http1(H11Protocol):
 
     async def _check_protocol(self, event: h11.Request) -> None:
         self.connection_state[METHOD] = event.method.decode("ascii")
-        await super()._check_protocol(event)
+        if event.method == b"PRI" or _asks_for_h2c(event):
+            await super()._check_protocol(event)
 
     async def stream_send(self, event: StreamEvent) -> None:
         """Send what the application has to say."""
@@ -338,6 +350,10 @@ class Http1(H11Protocol):
                 await super().stream_send(event)
 
     async def _send_h11_event(self, event: H11SendableEvent) -> None:
+        if isinstance(event, h11.Response):
+            event = h11.Response(
+                status_code=event.status_code, headers=event.headers, reason=reason_phrase(event.status_code)
+            )
         is_last = isinstance(event, h11.EndOfMessage)
         await self._send_together(partial(self.connection.send, event), is_last=is_last)
 
@@ -378,8 +394,11 @@ class _Upload:
     changed: trio.Event = field(default_factory=trio.Event)
 
 
-def _unusable(fields: dict[bytes, bytes]) -> str:
-    """Why Hypercorn would fail on an HTTP/2 request with these fields, and all of the connection with it; or empty."""
+def _unusable(fields: dict[bytes, bytes], *, ended: bool) -> str:
+    """Why Hypercorn would fail on an HTTP/2 request with these fields, and all of the connection with it; or empty.
+
+    `ended`: no body follows. h2 compares that with what was announced only where one does (RFC 9113 section 8.1.1).
+    """
     if not fields[b":method"].isascii():
         return "the method has characters that are not ASCII"
     if not fields.get(b":path", b"").isascii():
@@ -388,6 +407,8 @@ def _unusable(fields: dict[bytes, bytes]) -> str:
         return "CONNECT is served for WebSockets alone: this is no forward proxy"
     if fields[b":method"].upper() == b"CONNECT" and (reason := _unusable_version(fields)):
         return reason
+    if ended and fields.get(b"content-length", b"").strip(b"0"):
+        return "Content-Length announces a body, and none has come"
     wrong = [name.decode() for name in READ_AS_TEXT if not fields.get(name, b"").isascii()]
     return f"the field {wrong[0]} has characters that are not ASCII" if wrong else ""
 
@@ -441,7 +462,7 @@ class Http2(H2Protocol):
     async def _request_received(self, event: h2.events.RequestReceived) -> None:
         fields = dict(event.headers)
         method, path = fields[b":method"].decode("latin-1"), fields.get(b":path", b"")
-        if reason := _unusable(fields):
+        if reason := _unusable(fields, ended=event.stream_ended is not None):
             status, headers, body = self._parser.refuse(reason, method, path.decode("latin-1"))
             with suppress(h2.exceptions.ProtocolError):  # it may have been reset in the same breath
                 self.connection.send_headers(event.stream_id, [(b":status", b"%d" % status), *headers])

@@ -138,7 +138,7 @@ class Relay:
         body = Body(b"" if has_none else client.body() if self._body is None else self._body)
         async with self._upstream.open(head.method, head.target, headers, body, progress) as response:
             progress.http_status = response.status
-            headers = request.client_headers(response.headers, head.request_id, queue_seconds)
+            headers = request.client_headers(response.status, response.headers, head.request_id, queue_seconds)
             await client.start(response.status, headers, more_follows=response.at_hand)
             progress.first_byte_at = trio.current_time()
             while True:

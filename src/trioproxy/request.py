@@ -83,6 +83,11 @@ _DEADLINE_MAX: Final = 86_400.0
 _TARGET: Final = re.compile(rb"[!-~]+")
 _NAME: Final = re.compile(rb"[-!#$%&'*+.^_`|~0-9A-Za-z]+")
 _VALUE: Final = re.compile(rb"[^\x00-\x08\x0a-\x1f\x7f]*")
+_HOST: Final = re.compile(
+    rb"(\[[-0-9A-Za-z._~!$&'()*+,;=:%]+\]|([-0-9A-Za-z._~!$&'()*+,;=]|%[0-9A-Fa-f]{2})*)(:[0-9]*)?"
+)
+_LENGTH_MAX: Final = (1 << 63) - 1
+"""A greater Content-Length is nobody's, and becomes a small one in a server that counts in 64 bits."""
 _VERSIONS: Final = frozenset({"1.0", "1.1", "2"})
 
 
@@ -197,6 +202,9 @@ def check(head: Head) -> None:
         # RFC 9112 section 6.3: the mark of request smuggling.
         reason = "Content-Length and Transfer-Encoding were sent together: send one."
         raise ProxyError(INVALID_REQUEST, close=True, reason=reason)
+    if head.content_length is not None and head.content_length > _LENGTH_MAX:
+        reason = f"Content-Length is {head.content_length}: at most {_LENGTH_MAX} can be sent."
+        raise ProxyError(INVALID_REQUEST, close=True, reason=reason)
     if head.method == "CONNECT":
         raise ProxyError(INVALID_REQUEST, reason="CONNECT is not served: this is no forward proxy.")
     if head.path != PREFIX and not head.path.startswith(PREFIX + b"/"):
@@ -208,7 +216,14 @@ def check(head: Head) -> None:
 
 
 def _check_characters(head: Head) -> None:
-    """HTTP/1.1's parser has checked names, HTTP/2's nothing. A fragment is for the client alone (RFC 9110 4.2.5)."""
+    """HTTP/1.1's parser has checked the method and names, HTTP/2's neither: a blank would make two words of it.
+
+    A fragment is for the client alone (RFC 9110 4.2.5). `Host` goes nowhere, but must be one (RFC 9112 3.2).
+    """
+    if not _NAME.fullmatch(head.method.encode("latin-1", "replace")):
+        raise ProxyError(INVALID_REQUEST, reason="The method has characters that are not allowed.")
+    if not all(_HOST.fullmatch(value) for value in head.values(b"host")):
+        raise ProxyError(INVALID_REQUEST, reason="The header field Host is not a host and a port.")
     if b"#" in head.target or not _TARGET.fullmatch(head.target or b"/"):
         raise ProxyError(INVALID_REQUEST, reason="The path has characters that must be percent-encoded, such as '#'.")
     if head.http_version != "2" and _VALUE.fullmatch(b" ".join([value for _, value in head.headers])):
@@ -361,11 +376,20 @@ def identification(request_id: str, queue_seconds: float | None) -> Headers:
     return headers
 
 
-def client_headers(upstream: Headers, request_id: str, queue_seconds: float | None) -> Headers:
+def _is_wrong_length(field: tuple[bytes, bytes], status: int) -> bool:
+    """Whether a field is a length beside chunks (RFC 9112 section 6.3), or one that a 204 says (RFC 9110 section 8.6).
+
+    HTTP/2 clients refuse a 204 that has one, but for 0.
+    """
+    name, value = field
+    return name.lower() == b"content-length" and not (status == 204 and value.strip(b" 0") == b"")
+
+
+def client_headers(status: int, upstream: Headers, request_id: str, queue_seconds: float | None) -> Headers:
     """The fields of the upstream's answer as they go on to the client, and ours."""
     headers, names = _end_to_end(upstream, _NOT_PASSED_ON)
-    if b"transfer-encoding" in names and b"content-length" in names:
-        headers = [field for field in headers if field[0].lower() != b"content-length"]  # RFC 9112 section 6.3
+    if b"content-length" in names and (b"transfer-encoding" in names or status == 204):
+        headers = [field for field in headers if not _is_wrong_length(field, status)]
     if b"x-request-id" not in names:
         headers.append((b"x-request-id", request_id.encode()))
     return headers + identification(request_id, queue_seconds)
@@ -405,7 +429,7 @@ def without_credentials(subprotocols: Iterable[str]) -> list[str]:
 
 def accepted_headers(upstream: Headers, request_id: str) -> Headers:
     """The fields of the upstream's answer 101 as they go on to the client, and ours."""
-    headers = client_headers(upstream, request_id, None)
+    headers = client_headers(101, upstream, request_id, None)
     return [
         (name, value) for name, value in headers if not _is_of_websocket(name) and name.lower() != b"content-length"
     ]

@@ -175,7 +175,7 @@ class Session(QuartResponse):
             if response.status != 101:
                 self._progress.outcome = WebSocketOutcome.UPSTREAM_REFUSED
                 self._progress.http_status = response.status
-                fields = request.client_headers(response.headers, head.request_id, None)
+                fields = request.client_headers(response.status, response.headers, head.request_id, None)
                 await client.refuse(response.status, fields, response.read)
                 return
             subprotocol = check_accepted(response.headers, key, offered, upstream.url)

@@ -12,6 +12,7 @@ from wire import Deaf, End, Pause, Script, Until, Wait, raw_client, raw_upstream
 
 from support import running_proxy, until
 from trioproxy import network
+from trioproxy.http1_server import reason_phrase
 
 CHUNKED: Final = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 GET_EXTRA_INFO: Final = network.Stream.get_extra_info
@@ -230,7 +231,7 @@ ROWS: Final = [
             client=(request("POST", "/v1/files", *fields), *sent, Until(b"no")),
             upstream=((Wait.HEAD, *said, *then),),
             status=status,
-            head=f"HTTP/1.1 {status} \r\nContent-Length: 2\r\nConnection: close".encode(),
+            head=b"HTTP/1.1 %d %b\r\nContent-Length: 2\r\nConnection: close" % (status, reason_phrase(status)),
             body=b"no",
             counts="passed: completed",
             client_ends="fin",

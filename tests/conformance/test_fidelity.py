@@ -9,6 +9,8 @@ import pytest
 from case import CHAT, OK, Case, answer, chat, chunked, get, request, run
 from wire import End, Pause, Until, Wait
 
+from trioproxy.http1_server import reason_phrase
+
 BASE: Final = b"Host: UPSTREAM\r\n"
 GZIPPED: Final = gzip.compress(b'{"compressed": true}' * 10, mtime=0)
 ALL_BYTES: Final = bytes(range(256)) * 5
@@ -251,7 +253,7 @@ REQUEST_FIELD_CASES: Final = [
         "contract 6",
         get("/v1/models", "X-Request-Id: mine-1"),
         b"GET /v1/models HTTP/1.1\r\n" + BASE + b"X-Request-Id: mine-1\r\n\r\n",
-        head=b"HTTP/1.1 200 \r\nContent-Length: 2\r\nx-request-id: mine-1",
+        head=b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nx-request-id: mine-1",
     ),
     Case(
         name="the upstream's key replaces all credentials",
@@ -341,7 +343,7 @@ ANSWER_FIELD_CASES: Final = [
         rule="RFC 9110 5.2, 5.3; contract 1",
         client=(chat(),),
         upstream=((Wait.REQUEST, answer(*ANSWER_FIELDS)),),
-        head=b"HTTP/1.1 200 \r\n" + _lines(*ANSWER_FIELDS) + b"Content-Length: 2",
+        head=b"HTTP/1.1 200 OK\r\n" + _lines(*ANSWER_FIELDS) + b"Content-Length: 2",
     ),
     *(
         Case(
@@ -349,7 +351,7 @@ ANSWER_FIELD_CASES: Final = [
             rule="RFC 9110 7.6.1; contract 1",
             client=(chat(),),
             upstream=((Wait.REQUEST, answer(field, "X-Named: 1", "X-Kept: 2")),),
-            head=b"HTTP/1.1 200 \r\n"
+            head=b"HTTP/1.1 200 OK\r\n"
             + (b"" if "X-Named" in field else b"X-Named: 1\r\n")
             + b"X-Kept: 2\r\nContent-Length: 2",
         )
@@ -360,7 +362,7 @@ ANSWER_FIELD_CASES: Final = [
         rule="contract 6",
         client=(chat(b"{}", "X-Request-Id: mine"),),
         upstream=((Wait.REQUEST, answer("X-Request-ID: theirs")),),
-        head=b"HTTP/1.1 200 \r\nX-Request-ID: theirs\r\nContent-Length: 2",
+        head=b"HTTP/1.1 200 OK\r\nX-Request-ID: theirs\r\nContent-Length: 2",
     ),
     *(
         Case(
@@ -369,7 +371,7 @@ ANSWER_FIELD_CASES: Final = [
             client=(chat(),),
             upstream=((Wait.REQUEST, answer("X-A: b", body=b"text", status=f"{status} Anything at all")),),
             status=status,
-            head=f"HTTP/1.1 {status} \r\nX-A: b\r\nContent-Length: 4".encode(),
+            head=f"HTTP/1.1 {status} {reason_phrase(status).decode()}\r\nX-A: b\r\nContent-Length: 4".encode(),
             body=b"text",
             counts="upstream_error" if status >= 500 or status == 429 else "success",
         )
@@ -547,7 +549,7 @@ METHOD_CASES: Final = [
         rule="contract 1",
         client=(request("HEAD", CHAT),),
         upstream=((Wait.REQUEST, b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\nX-A: b\r\n\r\n"),),
-        head=b"HTTP/1.1 200 \r\nContent-Length: 999\r\nX-A: b",
+        head=b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\nX-A: b",
         method="HEAD",
         counts="passed: completed",
     ),
@@ -572,7 +574,7 @@ METHOD_CASES: Final = [
         rule="RFC 9110 9.3.2",
         client=(request("HEAD", "/v1/models"),),
         upstream=((Wait.REQUEST, answer("Content-Length: 77", status="404 Not", body=None)),),
-        head=b"HTTP/1.1 404 \r\nContent-Length: 77",
+        head=b"HTTP/1.1 404 Not Found\r\nContent-Length: 77",
         status=404,
         method="HEAD",
         counts="passed: completed",
@@ -594,7 +596,7 @@ METHOD_CASES: Final = [
         forwarded=f"OPTIONS {CHAT} HTTP/1.1\r\n".encode()
         + BASE
         + b"Origin: http://x\r\nAccess-Control-Request-Method: POST\r\n\r\n",
-        head=b"HTTP/1.1 204 \r\nAccess-Control-Allow-Origin: *",
+        head=b"HTTP/1.1 204 No Content\r\nAccess-Control-Allow-Origin: *",
         status=204,
         counts="passed: completed",
     ),
@@ -653,7 +655,7 @@ ANSWER_BODY_CASES: Final = [
         client=(get("/v1/models"),),
         upstream=((Wait.REQUEST, b'HTTP/1.1 304 Not\r\nETag: "x"\r\nContent-Length: 99\r\n\r\n'),),
         status=304,
-        head=b'HTTP/1.1 304 \r\nETag: "x"\r\nContent-Length: 99',
+        head=b'HTTP/1.1 304 Not Modified\r\nETag: "x"\r\nContent-Length: 99',
         counts="passed: completed",
     ),
     Case(

@@ -6,8 +6,10 @@ from __future__ import annotations
 from typing import Any, Final
 
 import pytest
-from case import CHAT, OK, Case, answer, chat, chunked, get, request, run
-from wire import End, Pause, Wait
+from case import ANSWER, CHAT, OK, Case, answer, chat, chunked, get, request, run
+from wire import End, Pause, Wait, raw_client, raw_upstream
+
+from support import running_proxy
 
 BASE: Final = b"Host: UPSTREAM\r\n"
 FILES: Final = b"POST /v1/files HTTP/1.1\r\nHost: x\r\n"
@@ -22,7 +24,7 @@ CONNECTION_CASES: Final = [
         name="HTTP/1.1 with Connection: close",
         rule="RFC 9112 9.6",
         client=(chat(b"{}", "Connection: close"),),
-        head=b"HTTP/1.1 200 \r\nContent-Length: 2\r\nConnection: close",
+        head=b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close",
         client_ends="fin",
     ),
     *(
@@ -69,7 +71,7 @@ CONNECTION_CASES: Final = [
         rule="RFC 9112 6.1: no Transfer-Encoding to HTTP/1.0",
         client=(chat(version="1.0"),),
         upstream=((Wait.REQUEST, chunked(b"abc", b"def", fields=["X-A: b"])),),
-        head=b"HTTP/1.1 200 \r\nX-A: b\r\nConnection: close",
+        head=b"HTTP/1.1 200 OK\r\nX-A: b\r\nConnection: close",
         body=b"abcdef",
         client_ends="fin",
     ),
@@ -88,7 +90,7 @@ CONNECTION_CASES: Final = [
         rule="RFC 9112 9.6, RFC 9110 7.6.1",
         client=(chat(),),
         upstream=((Wait.REQUEST, answer("Connection: close")),),
-        head=b"HTTP/1.1 200 \r\nContent-Length: 2",
+        head=b"HTTP/1.1 200 OK\r\nContent-Length: 2",
         upstream_kept=False,
     ),
     Case(
@@ -96,7 +98,7 @@ CONNECTION_CASES: Final = [
         rule="RFC 9112 9.3: not kept",
         client=(chat(),),
         upstream=((Wait.REQUEST, answer(version="1.0"), End.FIN),),
-        head=b"HTTP/1.1 200 \r\nContent-Length: 2",
+        head=b"HTTP/1.1 200 OK\r\nContent-Length: 2",
         upstream_kept=False,
     ),
     Case(
@@ -112,7 +114,7 @@ CONNECTION_CASES: Final = [
         client=(chat(),),
         upstream=((Wait.REQUEST, b"HTTP/1.0 200 OK\r\n\r\nuntil ", Pause(0.02), b"the end", End.FIN),),
         body=b"until the end",
-        head=b"HTTP/1.1 200 \r\nTransfer-Encoding: chunked",
+        head=b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked",
         upstream_kept=False,
     ),
     Case(
@@ -229,6 +231,23 @@ REFUSED_CASES: Final = [
             ),
         )
     ),
+    *(
+        _refused(
+            f"Host: {host}",
+            "RFC 9112 3.2",
+            f"GET /v1/models HTTP/1.1\r\nHost: {host}\r\n\r\n".encode("latin-1"),
+            client_ends="kept",
+        )
+        for host in ("a b", "a/b", "user@a", "\xe4", "[::1", "a:b", "a%zz")
+    ),
+    *(
+        _refused(
+            f"Content-Length: {length}",
+            "RFC 9110 8.6: no overflows",
+            FILES + f"Content-Length: {length}\r\n\r\nABCDE".encode() + SMUGGLED,
+        )
+        for length in (2**63, 2**64 + 5)
+    ),
     _refused("a control character in a value", "RFC 9110 5.5", FILES + b"X-A: a\x01b\r\n\r\n", client_ends="kept"),
     *(
         _refused(f"HTTP/{version}", "RFC 9112 2.3", f"GET /v1/models HTTP/{version}\r\nHost: x\r\n\r\n".encode())
@@ -242,3 +261,40 @@ ROWS: Final = [*CONNECTION_CASES, *REFUSED_CASES]
 @pytest.mark.parametrize("case", ROWS, ids=lambda case: case.name)
 async def test_framing(case: Case) -> None:
     await run(case)
+
+
+@pytest.mark.parametrize("odd", [(), ("Expect: 100-continue",)], ids=["read by llhttp", "read by h11"])
+@pytest.mark.parametrize(("status", "phrase"), [(200, b"OK"), (404, b"Not Found"), (599, b"")])
+async def test_the_status_line_has_its_reason_phrase(odd: tuple[str, ...], status: int, phrase: bytes) -> None:
+    """RFC 9112 section 4 lets it be empty, but h2load and others take no status from such a line."""
+    async with (
+        raw_upstream((Wait.REQUEST, answer(status=f"{status} Odd"))) as upstream,
+        running_proxy(upstream.url) as proxy,
+        raw_client(proxy.port) as client,
+    ):
+        await client.stream.send_all(get("/v1/models", *odd))
+        await client.until(lambda: client.received.endswith(b"ok"))
+        assert b"HTTP/1.1 %d %b\r\n" % (status, phrase) in client.received
+
+
+@pytest.mark.parametrize(
+    ("version", "fields"),
+    [
+        ("1.1", ("Upgrade: h2c",)),
+        ("1.1", ("Upgrade: h2c", "Connection: Upgrade")),
+        ("1.1", ("Upgrade: h2c", "HTTP2-Settings: AAMAAABk")),
+        ("1.1", ("Upgrade: h2c", "Connection: Upgrade", "HTTP2-Settings: AAMAAABk")),
+        ("1.1", ("Upgrade: h2c", "Connection: Upgrade, HTTP2-Settings", *["HTTP2-Settings: AAMAAABk"] * 2)),
+        ("1.0", ("Upgrade: h2c", "Connection: Upgrade, HTTP2-Settings", "HTTP2-Settings: AAMAAABk")),
+    ],
+)
+async def test_an_upgrade_to_h2c_that_is_none_is_ignored(version: str, fields: tuple[str, ...]) -> None:
+    """RFC 9110 section 7.8, RFC 7540 section 3.2.1."""
+    async with (
+        raw_upstream(ANSWER) as upstream,
+        running_proxy(upstream.url) as proxy,
+        raw_client(proxy.port) as client,
+    ):
+        await client.stream.send_all(get("/v1/models", *fields, version=version))
+        await client.until(lambda: client.received.endswith(b"ok") or bool(client.ended))
+        assert client.received.startswith(b"HTTP/1.1 200 ")

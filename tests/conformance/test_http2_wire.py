@@ -153,6 +153,46 @@ async def test_refused_paths(path: str, status: int) -> None:
         assert len(proxy.recorder.refused) == 1
 
 
+@pytest.mark.parametrize("method", ["GET /v1/elsewhere?x=", "GET /admin HTTP/1.1", "G\tT", "G(T", "G:T", ""])
+async def test_a_method_that_would_be_two_words_of_http_1_is_refused(method: str) -> None:
+    """RFC 9113 section 10.3, RFC 9110 section 9.1: the upstream would read another target than was judged."""
+    async with raw_upstream() as upstream, running_proxy(upstream.url) as proxy, http2_client(proxy.port) as client:
+        _, stream = await client.request(method, "/v1/files", (), b"abc")
+        await client.until(lambda: stream.over)
+        assert stream.status == 400
+        assert b'"invalid_request_error"' in stream.body
+        _, probe = await client.request("GET", "/health")
+        await client.until(lambda: probe.over)
+        assert probe.status == 200
+        assert upstream.wires == []
+
+
+@pytest.mark.parametrize("path", ["/v1/files", CHAT])
+async def test_a_body_that_is_announced_and_does_not_come_is_refused(path: str) -> None:
+    """RFC 9113 section 8.1.1: malformed, and not to be forwarded."""
+    async with raw_upstream() as upstream, running_proxy(upstream.url) as proxy, http2_client(proxy.port) as client:
+        _, stream = await client.request("POST", path, [("content-length", "5")])
+        await client.until(lambda: stream.over)
+        assert stream.status == 400
+        assert upstream.wires == []
+        _, probe = await client.request("GET", "/health", [("content-length", "0")])
+        await client.until(lambda: probe.over)
+        assert probe.status == 200
+
+
+async def test_no_length_goes_with_a_204() -> None:
+    """RFC 9110 section 8.6; nghttp2's clients, curl among them, refuse the whole answer."""
+    async with (
+        raw_upstream((Wait.REQUEST, b"HTTP/1.1 204 No\r\nContent-Length: 5\r\n\r\n")) as upstream,
+        running_proxy(upstream.url) as proxy,
+        http2_client(proxy.port) as client,
+    ):
+        _, stream = await client.request("GET", "/v1/models")
+        await client.until(lambda: stream.over)
+        assert (stream.status, stream.reset) == (204, None)
+        assert "content-length" not in dict(stream.fields)
+
+
 BROKEN: Final[tuple[tuple[str, tuple[Any, ...]], ...]] = (
     ("in a chunk", (chunked(b"half", last=b"9\r\n"), Pause(0.03), End.FIN)),
     ("too few bytes", (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf", Pause(0.03), End.RST)),
