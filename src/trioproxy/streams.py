@@ -239,7 +239,7 @@ class GuardedStream(trio.abc.HalfCloseableStream):
 
     def abort(self) -> None:
         """Close the socket now; whoever uses it gets an error, and a client that waits for something a reset."""
-        if self._exchanges:
+        if self._exchanges and self.socket.fileno() != -1:
             self.reset_on_close()
         self.socket.close()
 
