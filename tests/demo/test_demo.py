@@ -51,7 +51,7 @@ class Run:
 
     def finish(self) -> str:
         """The rest of its output; fails if it does not end well."""
-        output, errors = self.process.communicate(timeout=10)
+        output, errors = self.process.communicate(timeout=30)
         assert (self.process.returncode, errors) == (0, "")
         return output
 
@@ -134,7 +134,7 @@ def test_it_ends_quietly_when_nobody_reads_it_any_more(tmp_path: Path) -> None:
         assert demo.process.stdout
         assert demo.process.stderr
         demo.process.stdout.close()
-        demo.process.wait(timeout=5)
+        demo.process.wait(timeout=30)
         assert demo.process.stderr.read() == ""
 
 
@@ -189,7 +189,7 @@ def test_a_port_in_use_is_named(tmp_path: Path) -> None:
     with running(tmp_path) as demo, socket.socket() as sock:
         sock.bind(("127.0.0.1", int(demo.url.rpartition(":")[2])))
         sock.listen()
-        output, errors = demo.process.communicate(timeout=10)
+        output, errors = demo.process.communicate(timeout=30)
     assert (demo.process.returncode, output) == (1, "")
     assert re.fullmatch(r"trioproxy: cannot listen on 127\.0\.0\.1:\d+: Address already in use; .*--bind\n", errors)
 
