@@ -218,15 +218,17 @@ class Lenient(h11.Connection):
         return event
 
 
+def _connection_options(request: h11.Request) -> set[bytes]:
+    """What the fields `Connection` name, in lower case (RFC 9110 section 7.6.1)."""
+    said = b",".join([value for name, value in request.headers if name == b"connection"])
+    return {option.strip().lower() for option in said.split(b",")}
+
+
 def _unusable_handshake(request: h11.Request) -> str:
     """Why Hypercorn would refuse this handshake of a WebSocket, with an empty answer; or empty, also if it is none."""
     fields = dict(request.headers)
-    tokens = [token.strip() for token in fields.get(b"connection", b"").lower().split(b",")]
-    if (
-        request.method.upper() != b"GET"
-        or b"upgrade" not in tokens
-        or fields.get(b"upgrade", b"").lower() != b"websocket"
-    ):
+    is_one = request.method.upper() == b"GET" and fields.get(b"upgrade", b"").lower() == b"websocket"
+    if not is_one or b"upgrade" not in _connection_options(request):
         return ""
     if request.http_version != b"1.1":
         return "a WebSocket needs HTTP/1.1"
@@ -246,10 +248,9 @@ def _asks_for_h2c(request: h11.Request) -> bool:
 
     A proxy before this one that passes `Upgrade` on by itself would take all that follows for one request.
     """
-    connection = b",".join([value for name, value in request.headers if name == b"connection"])
-    named = {token.strip().lower() for token in connection.split(b",")}
     settings = sum(name == b"http2-settings" for name, _ in request.headers)
-    return request.http_version == b"1.1" and settings == 1 and {b"upgrade", b"http2-settings"} <= named
+    is_one = request.http_version == b"1.1" and settings == 1
+    return is_one and {b"upgrade", b"http2-settings"} <= _connection_options(request)
 
 
 class Http1(H11Protocol):

@@ -266,7 +266,7 @@ class Upstream:
                 try:
                     head = await connection.ask(method, self._path + target, headers, body, phases)
                 except _CLIENT_ERRORS as error:
-                    raise self._translated(error) from error
+                    raise self._noted(self._translated(error)) from error
                 phases.leave()
                 self._unreachable_at = -math.inf
                 progress.upstream_status = head.status
@@ -275,10 +275,7 @@ class Upstream:
                     raise ProxyError(errors.UPSTREAM_PROTOCOL_ERROR, upstream=self.url, reason=reason)
                 yield Response(head, connection, phases, settings.idle_timeout)
             if phases.scope.cancelled_caught:
-                timeout = phases.error(self.url)
-                if timeout.ending is errors.UPSTREAM_UNREACHABLE:
-                    self._unreachable_at = trio.current_time()
-                raise timeout
+                raise self._noted(phases.error(self.url))
         finally:
             self._calls.discard(phases)
             progress.upstream_seconds = phases.seconds
@@ -353,12 +350,17 @@ class Upstream:
         with trio.move_on_after(_CLOSE_SECONDS_MAX, shield=True):
             await connection.aclose()
 
+    def _noted(self, error: ProxyError) -> ProxyError:
+        """The error, once it is known whether it means that the upstream is out."""
+        if error.ending is errors.UPSTREAM_UNREACHABLE:
+            self._unreachable_at = trio.current_time()
+        return error
+
     def _translated(self, error: Exception) -> ProxyError:
         """An error of the clients, before the answer's head has arrived, as ours."""
         upstream = self.url
         match error:
             case httpcore.ConnectError() | httpcore.ProxyError() | httpcore.UnsupportedProtocol():
-                self._unreachable_at = trio.current_time()
                 return ProxyError(errors.UPSTREAM_UNREACHABLE, upstream=upstream, reason=_reason(error))
             case httpcore.WriteTimeout():
                 limit = self._settings.idle_timeout

@@ -16,7 +16,7 @@ from trioproxy.http1_server import reason_phrase
 
 CHUNKED: Final = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 GET_EXTRA_INFO: Final = network.Stream.get_extra_info
-SHORT: Final = {"upstream": {"first_byte_timeout": 0.3, "idle_timeout": 0.3, "connect_timeout": 3}}
+SHORT: Final = {"upstream": {"first_byte_timeout": 0.3, "idle_timeout": 0.3}}
 
 TRICKLED: Final[Script] = (Wait.REQUEST, b"HTTP/1.1 200 OK\r\n", *(Pause(0.1), b"X-A: b\r\n") * 5)
 

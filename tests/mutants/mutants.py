@@ -1499,8 +1499,8 @@ MUTANTS: Final = (
     Mutant(
         "an upstream that takes no connection in time is not known to be out",
         "upstream.py",
-        "                if timeout.ending is errors.UPSTREAM_UNREACHABLE:\n",
-        "                if False:\n",
+        "raise self._noted(phases.error(self.url))",
+        "raise phases.error(self.url)",
         RELAY,
     ),
     Mutant(

@@ -393,8 +393,7 @@ class RequestLog:
         self._log.info("request refused", **facts, http_status=ending.http_status, code=ending.code, **reason)
 
     def _capacity_changed(self, event: CapacityChanged) -> None:
-        facts = {"pool": event.pool, "permits": event.permits, "max_queue": event.max_queue}
-        self._log.info("capacity changed", **facts)
+        self._log.info("capacity changed", pool=event.pool, permits=event.permits, max_queue=event.max_queue)
 
     def _ended(self, event: Ended) -> None:
         status, outcome = event.ending.status, event.ending.outcome
