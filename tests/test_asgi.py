@@ -35,6 +35,31 @@ async def test_it_serves_and_says_everything_as_json_lines(upstream: Upstream) -
         assert any("Running on" in line["event"] for line in process.lines)
 
 
+async def test_a_websocket_client_that_does_not_wait_for_its_answer_ends_no_worker() -> None:
+    port = free_port()
+    handshake = b"\r\n".join(
+        [
+            b"GET /nothing HTTP/1.1",
+            b"Host: x",
+            b"Connection: Upgrade",
+            b"Upgrade: websocket",
+            b"Sec-WebSocket-Version: 13",
+            b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+            b"\r\n",
+        ]
+    )
+    async with running(*HYPERCORN, f"127.0.0.1:{port}") as process:
+        await process.line("started")
+        for _ in range(10):
+            async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+                await stream.send_all(handshake + b"\x81\x85\0\0\0\0hello" * 3)
+                with trio.fail_after(10):
+                    assert (await stream.receive_some()).startswith(b"HTTP/1.1 400")
+        process.signal(signal.SIGTERM)
+        assert await process.end() == 0
+        assert b"Traceback" not in process.output
+
+
 async def test_newcomers_are_not_answered_while_it_drains(upstream: Upstream) -> None:
     bind = f"127.0.0.1:{free_port()}"
     variables = {"TRIOPROXY_UPSTREAM__BASE_URL": upstream.url, "TRIOPROXY_LOGGING__LEVEL": "debug"}

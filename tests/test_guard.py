@@ -204,33 +204,10 @@ async def test_what_is_sent_is_overheard_from_its_beginning() -> None:
     await client.aclose()
 
 
-async def test_what_is_held_back_comes_once_it_is_let_through() -> None:
-    guard, client = await pair()
-    guard.hold_back()
-    await client.send_all(b"early")
-    received: list[bytes] = []
-
-    async def receive() -> None:
-        received.append(await guard.receive_some())
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(receive)
-        await trio.testing.wait_all_tasks_blocked(0.01)
-        assert received == []
-        guard.let_through()
-    assert received == [b"early"]
-    await client.send_all(b"more")
-    assert await guard.receive_some() == b"more"
-    await guard.aclose()
-    await client.aclose()
-
-
 async def test_what_is_thrown_away_never_comes_but_the_end_does() -> None:
     guard, client = await pair()
     left = trio.Event()
     guard.watch(left.set)
-    guard.hold_back()
-    await client.send_all(b"early")
     received: list[bytes] = []
 
     async def receive() -> None:

@@ -81,16 +81,8 @@ class Guard(Protocol):
         """Call `told` with the beginning of whatever is sent, before it is, as it was before encryption."""
         ...
 
-    def hold_back(self) -> None:
-        """Keep what comes from the client from now on until `let_through` or `throw_away`."""
-        ...
-
-    def let_through(self) -> None:
-        """Stop holding back."""
-        ...
-
     def throw_away(self) -> None:
-        """From now on, throw away what comes from the client, and what was held back."""
+        """From now on, throw away what comes from the client."""
         ...
 
 

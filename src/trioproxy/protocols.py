@@ -24,7 +24,13 @@ from hypercorn.protocol import ProtocolWrapper
 from hypercorn.protocol.events import Body, Data, EndBody, EndData, Request, Response, StreamClosed
 from hypercorn.protocol.events import Event as StreamEvent
 from hypercorn.protocol.h2 import H2Protocol
-from hypercorn.protocol.h11 import STREAM_ID, H2CProtocolRequiredError, H2ProtocolAssumedError, H11Protocol
+from hypercorn.protocol.h11 import (
+    STREAM_ID,
+    H2CProtocolRequiredError,
+    H2ProtocolAssumedError,
+    H11Protocol,
+    H11WSConnection,
+)
 from hypercorn.protocol.http_stream import HTTPStream
 from hypercorn.protocol.ws_stream import WSStream
 from hypercorn.trio.task_group import TaskGroup
@@ -253,6 +259,23 @@ def _asks_for_h2c(request: h11.Request) -> bool:
     return is_one and {b"upgrade", b"http2-settings"} <= _connection_options(request)
 
 
+class Upgrading(H11WSConnection):
+    """Hypercorn's stand-in for h11 from a WebSocket's handshake on, with messages that come before its answer.
+
+    A client is to wait for that (RFC 6455 section 4.1). Hypercorn answers one that does not with a refusal of its own,
+    also in the midst of another answer; here the messages wait, and go unread with a handshake that is refused.
+    """
+
+    def next_event(self) -> Data | type[h11.NEED_DATA]:
+        """What has come for the WebSocket."""
+        state = self.h11_connection.our_state
+        if self.buffer and state is h11.SEND_RESPONSE:
+            return cast(type[h11.NEED_DATA], h11.PAUSED)  # which Hypercorn's loop takes as well
+        if state is not h11.SWITCHED_PROTOCOL:
+            self.buffer.clear()
+        return super().next_event()
+
+
 class Http1(H11Protocol):
     """HTTP/1.1 and HTTP/1.0: without h11 as long as requests are plain, by h11 from the first one on that is not."""
 
@@ -335,10 +358,17 @@ class Http1(H11Protocol):
         if event.method == b"PRI" or _asks_for_h2c(event):
             await super()._check_protocol(event)
 
+    async def _create_stream(self, request: h11.Request) -> None:
+        await super()._create_stream(request)
+        if isinstance(self.connection, H11WSConnection):
+            self.connection = Upgrading(self.connection.h11_connection)
+
     async def stream_send(self, event: StreamEvent) -> None:
         """Send what the application has to say."""
         if self._plain is None:
             await super().stream_send(event)
+            if isinstance(event, Response) and isinstance(self.connection, Upgrading):
+                await self.can_read.set()
             return
         match event:
             case Response():

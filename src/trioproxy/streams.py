@@ -56,7 +56,6 @@ class GuardedStream(trio.abc.HalfCloseableStream):
         self._exchanges: dict[Callable[[], None], float] = {}
         self._resetting = False
         self._told: Callable[[bytes], None] | None = None
-        self._held_back: trio.Event | None = None
         self._throwing_away = False
         self.encrypted = False
         """Whether what is sent here is encrypted already."""
@@ -119,8 +118,6 @@ class GuardedStream(trio.abc.HalfCloseableStream):
             await self._gone.wait()
             return b""
         data = await self._read(max_bytes)
-        if data and self._held_back is not None:
-            await self._held_back.wait()
         while data and self._throwing_away:
             data = await self._read(max_bytes)
         return data
@@ -209,20 +206,9 @@ class GuardedStream(trio.abc.HalfCloseableStream):
         if self._told is not None:
             self._told(bytes(data[:OVERHEARD_BYTES_MAX]))
 
-    def hold_back(self) -> None:
-        """Keep what comes from the client from now on until `let_through` or `throw_away`."""
-        self._held_back = trio.Event()
-
-    def let_through(self) -> None:
-        """Stop holding back."""
-        if self._held_back is not None:
-            self._held_back.set()
-            self._held_back = None
-
     def throw_away(self) -> None:
-        """From now on, throw away what comes from the client, and what was held back."""
+        """From now on, throw away what comes from the client."""
         self._throwing_away = True
-        self.let_through()
 
     def linger_on_close(self) -> None:
         """The client is still sending: closing at once would make its kernel throw our answer away (RFC 9112 9.6)."""

@@ -30,11 +30,8 @@ CLOSING_SECONDS: Final = 2.0
 """How long a client may take to answer that the session is over."""
 
 STEPS_TO_REFUSE: Final = 10
-"""How many steps Hypercorn may take to see that a message came in one piece with the handshake and refuse both: more
-than it takes. To answer the handshake meanwhile would break the connection."""
-
-REFUSING_SECONDS: Final = 0.1
-"""How long Hypercorn may take to send that refusal."""
+"""How many steps Hypercorn, run without a guard, may take to see that a message came in one piece with the handshake
+and refuse both: more than it takes. To answer the handshake meanwhile would end its worker."""
 
 _CLOSE_FRAME: Final = b"\x88"
 
@@ -51,8 +48,6 @@ class Handshake:
         """Whose key it came with, once that is known; None where there are none."""
         self.cancel_scope: Final = trio.CancelScope()
         self.started = False
-        self.refused_by_server = False
-        """The server has answered by itself, because the client did not wait for an answer."""
         self._accepted = False
         self._heard: trio.MemoryReceiveChannel[ASGIReceiveEvent] | None = None
         self._too_large = trio.Event()
@@ -65,14 +60,18 @@ class Handshake:
         overhears = self._guard is not None and self.head.http_version != "2"
         self._closed = None if overhears else Closed(None)
 
+    async def let_refuse(self) -> None:
+        """Let a server that refuses messages in one piece with the handshake do so first."""
+        if self._guard is None:
+            for _ in range(STEPS_TO_REFUSE):
+                await trio.lowlevel.checkpoint()
+
     async def accept(self, subprotocol: str | None, headers: Headers) -> None:
         """Open the WebSocket."""
         await trio.lowlevel.checkpoint_if_cancelled()
         self.started = self._accepted = True
         with trio.CancelScope(shield=True):
             await self._send({"type": "websocket.accept", "subprotocol": subprotocol, "headers": headers})
-        if self._guard is not None:
-            self._guard.let_through()
 
     async def refuse(self, status: int, headers: Headers, read: Callable[[], Awaitable[bytes]]) -> None:
         """Answer the handshake with something else; `read` gives the body's pieces, and b"" at its end.
@@ -82,8 +81,6 @@ class Handshake:
         if self.head.http_version != "2":
             headers = [*headers, (b"connection", b"close")]  # as Hypercorn does, without saying so
         self.started = True
-        if self._guard is not None and self.head.http_version != "2":
-            self._guard.throw_away()  # Hypercorn would answer messages once more
         await self._send({"type": "websocket.http.response.start", "status": status, "headers": headers})
         while piece := await read():
             await self._send({"type": "websocket.http.response.body", "body": piece, "more_body": True})
@@ -145,21 +142,14 @@ class Handshake:
             self._guard.watch(self.leave)
             if self.head.http_version != "2":
                 self._guard.overhear(self._overhear)
-                self._guard.hold_back()  # Hypercorn would refuse it
 
     def __exit__(self, *_: object) -> None:
         if self._guard is not None:
             self._guard.unwatch(self.leave)
-            self._guard.let_through()
-            if self.refused_by_server:
-                self._guard.leave()  # Hypercorn leaves the connection open
 
     def _overhear(self, sent: bytes) -> None:
-        """What Hypercorn says on its own: that the handshake is refused, or the answer to the client's closing."""
-        if not self.started and sent.startswith(b"HTTP/1.1 "):
-            self.refused_by_server = True
-            self.leave()
-        elif self._accepted and sent.startswith(_CLOSE_FRAME) and self._closing is None:
+        """What Hypercorn says on its own: the answer to the client's closing."""
+        if self._accepted and sent.startswith(_CLOSE_FRAME) and self._closing is None:
             reader = Connection(ConnectionType.CLIENT)
             reader.receive_data(sent)
             frame = next(reader.events(), None)
@@ -187,18 +177,13 @@ class WebSocketConnection:
 
     async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
         handshake = Handshake(self._scope, receive, send)
-        with handshake:
-            with handshake.cancel_scope:
-                for _ in range(STEPS_TO_REFUSE):
-                    await trio.lowlevel.checkpoint()
-                async with trio.open_nursery() as nursery:
-                    if handshake.head.http_version == "2":
-                        nursery.start_soon(handshake.listen)
-                    await self._run(handshake)
-                    nursery.cancel_scope.cancel()
-            if handshake.refused_by_server:
-                # Until it has noted that, Hypercorn would answer once more, and fail.
-                await trio.sleep(REFUSING_SECONDS)
+        with handshake, handshake.cancel_scope:
+            await handshake.let_refuse()
+            async with trio.open_nursery() as nursery:
+                if handshake.head.http_version == "2":
+                    nursery.start_soon(handshake.listen)
+                await self._run(handshake)
+                nursery.cancel_scope.cancel()
 
     async def _run(self, handshake: Handshake) -> None:
         response = await self._app.handle_websocket(self._websocket(handshake))

@@ -1441,6 +1441,27 @@ MUTANTS: Final = (
         ("test_websocket.py",),
     ),
     Mutant(
+        "messages behind a handshake do not wait for its answer",
+        "protocols.py",
+        "        if self.buffer and state is h11.SEND_RESPONSE:\n",
+        "        if False:\n",
+        ("test_websocket.py",),
+    ),
+    Mutant(
+        "messages behind a refused handshake are for somebody",
+        "protocols.py",
+        "        if state is not h11.SWITCHED_PROTOCOL:\n            self.buffer.clear()\n",
+        "",
+        ("test_websocket.py",),
+    ),
+    Mutant(
+        "messages that waited for the handshake's answer wait on",
+        "protocols.py",
+        "            if isinstance(event, Response) and isinstance(self.connection, Upgrading):\n",
+        "            if False:\n",
+        ("test_websocket.py",),
+    ),
+    Mutant(
         "an HTTP/2 handshake without a version is Hypercorn's to refuse",
         "protocols.py",
         " and (reason := _unusable_version(fields)):\n",
