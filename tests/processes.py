@@ -37,7 +37,7 @@ class Process:
 
     async def line(self, event: str) -> dict[str, Any]:
         """Wait for the line of that event."""
-        await until(lambda: any(line["event"] == event for line in self.lines) or self.ended.is_set(), 20)
+        await until(lambda: any(line["event"] == event for line in self.lines) or self.ended.is_set(), 60)
         return next(line for line in self.lines if line["event"] == event)
 
     def signal(self, number: signal.Signals) -> None:
@@ -46,7 +46,7 @@ class Process:
 
     async def end(self) -> int:
         """Wait for its end; the exit status."""
-        with trio.fail_after(15):
+        with trio.fail_after(60):
             await self.ended.wait()
             return await self.process.wait()
 

@@ -53,7 +53,7 @@ async def test_a_websocket_client_that_does_not_wait_for_its_answer_ends_no_work
         for _ in range(10):
             async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
                 await stream.send_all(handshake + b"\x81\x85\0\0\0\0hello" * 3)
-                with trio.fail_after(10):
+                with trio.fail_after(20):
                     assert (await stream.receive_some()).startswith(b"HTTP/1.1 400")
         process.signal(signal.SIGTERM)
         assert await process.end() == 0
@@ -73,7 +73,7 @@ async def test_newcomers_are_not_answered_while_it_drains(upstream: Upstream) ->
         call = await upstream.call()
         process.signal(signal.SIGTERM)
         waits = False
-        with trio.fail_after(10):
+        with trio.fail_after(20):
             while not waits:  # Hypercorn takes a moment to tell its worker, and breaks off who comes in that moment
                 with trio.move_on_after(1) as patience, suppress(httpx.TransportError):
                     assert (await client.get("/ready", headers={"Connection": "close"})).status_code == 200

@@ -85,7 +85,7 @@ async def test_who_leaves_is_noticed() -> None:
             await trio.testing.wait_all_tasks_blocked(0.01)
             assert not upstream.left[number].is_set()
             await stream.aclose()
-            with trio.fail_after(5):
+            with trio.fail_after(20):
                 await upstream.left[number].wait()
 
 

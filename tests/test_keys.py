@@ -436,7 +436,7 @@ async def test_names_are_in_the_log_and_in_metrics_and_keys_are_not(upstream: Up
         async with running_proxy(upstream.url, keys=[*KEYS, expired]) as proxy, trio.open_nursery() as nursery:
             client = partial(openai.AsyncOpenAI, base_url=f"{proxy.url}/v1", max_retries=0)
             async with client(api_key="sk-old") as old:
-                with trio.fail_after(5), pytest.raises(openai.AuthenticationError, match="'old' has expired"):
+                with trio.fail_after(20), pytest.raises(openai.AuthenticationError, match="'old' has expired"):
                     await old.models.list()
             async with client(api_key="sk-web") as web, client(api_key="sk-nobody") as nobody:
                 nursery.start_soon(partial(web.get, "/models", cast_to=httpx.Response))
@@ -488,7 +488,7 @@ async def test_websockets_need_a_key_too_and_do_not_pass_it_on(
             assert call.header("sec-websocket-protocol") in (None, "realtime")
             assert "sk-web" not in str(call.headers)
             await call.answer(b'{"code": "theirs"}', 426)
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             answer = await stream.receive_some()
             while b'"code"' not in answer:
                 answer += await stream.receive_some()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
+import pytest
 import trio
-from hypercorn.typing import ASGIReceiveEvent
+from hypercorn.config import Config
+from hypercorn.trio.task_group import TaskGroup
+from hypercorn.typing import ASGIReceiveEvent, Scope
 from trio.testing import MockClock
 
-from trioproxy.mailbox import Mailbox
+from trioproxy.mailbox import Mailbox, Tasks
 
 GONE = cast(ASGIReceiveEvent, {"type": "http.disconnect"})
 
@@ -119,3 +122,24 @@ async def test_two_who_wait_for_room_both_get_it_and_a_cancelled_one_leaves_noth
             received.append(await box.receive())
     assert received[0] == body(b"first")
     assert sorted(str(message) for message in received[1:]) == sorted(map(str, [body(b"second"), body(b"third")]))
+
+
+@pytest.mark.parametrize("kind", ["http", "websocket"])
+async def test_the_end_of_a_connection_does_not_wait_for_an_application_that_takes_nothing(
+    autojump_clock: MockClock, kind: str
+) -> None:
+    async def app(*_: object) -> None:
+        await trio.sleep(10)
+
+    async def send(_: object) -> None:
+        pass
+
+    config = Config()
+    config.max_app_queue_size = 1
+    async with TaskGroup() as theirs:
+        scope = cast(Scope, {"type": kind, "state": {}})
+        put = await Tasks(theirs).spawn_app(cast(Any, app), config, scope, send)
+        await put(cast(Any, {"type": f"{kind}.receive"}))
+        with trio.fail_after(1):
+            await put(cast(Any, {"type": f"{kind}.disconnect"}))
+    assert trio.current_time() == 10

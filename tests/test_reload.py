@@ -184,7 +184,7 @@ async def test_how_long_new_connections_may_be_idle(upstream: Upstream) -> None:
         stream = await trio.open_tcp_stream(*server._sockets[0].getsockname())
         async with stream:
             await stream.send_all(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
-            with trio.fail_after(5):
+            with trio.fail_after(20):
                 while await stream.receive_some():
                     pass
 
@@ -413,7 +413,7 @@ async def test_the_end_of_its_terminal_is_its_end_behind_a_pipe_too(upstream: Up
             pass
         os.close(primary)
         process.send_signal(signal.SIGHUP)
-        with trio.fail_after(10):
+        with trio.fail_after(20):
             assert await trio.to_thread.run_sync(process.wait, abandon_on_cancel=True) == 0
     finally:
         process.kill()

@@ -74,7 +74,7 @@ class Peer:
 
     async def accepted(self) -> WebSocketConnection:
         """The next one."""
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             return await self._receiver.receive()
 
     def header(self, name: bytes) -> list[bytes]:
@@ -107,11 +107,11 @@ async def connect(
     tcp = await proxy.connect()
     stream = tcp if tls is None else trio.SSLStream(tcp, tls, server_hostname="127.0.0.1")
     async with stream, trio.open_nursery() as nursery:
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             options = {"max_message_size": 64 * MIB} | options
             connection = await wrap_client_stream(nursery, stream, "proxy", target, **options)
         yield connection
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             await connection.aclose()
         nursery.cancel_scope.cancel()
 
@@ -122,7 +122,7 @@ def ended(proxy: Proxy) -> list[WebSocketClosed]:
 
 async def outcome(proxy: Proxy, count: int = 1) -> str:
     """Wait for the end of so many sessions; how the last one ended. Nothing is left of them."""
-    await until(lambda: len(ended(proxy)) == count, 5)
+    await until(lambda: len(ended(proxy)) == count)
     await until(lambda: proxy.app.proxy.websockets.taken == 0)
     sample = proxy.app.proxy.metrics.registry.get_sample_value
     assert sample("openai_proxy_websockets") == 0
@@ -210,7 +210,7 @@ class Raw:
     async def open(cls, proxy: Proxy, handshake: bytes = HANDSHAKE) -> Raw:
         raw = cls(await proxy.connect())
         await raw.stream.send_all(handshake)
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             while b"\r\n\r\n" not in raw.head:
                 data = await raw.stream.receive_some()
                 assert data, raw.head
@@ -224,7 +224,7 @@ class Raw:
 
     async def event(self) -> Event | None:
         """The next event; None at the connection's end."""
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             while (event := next(iter(self.protocol.events()), None)) is None:
                 data = await self.stream.receive_some()
                 if not data:
@@ -305,7 +305,7 @@ async def test_without_an_upstream_key_a_browsers_credentials_go_through(peer: P
 async def refused(proxy: Proxy, target: str = REALTIME) -> httpx.Response:
     """A handshake that must be answered with something else than 101."""
     fields = (line.split(b": ") for line in HANDSHAKE.split(b"\r\n")[2:-2])
-    with trio.fail_after(5):
+    with trio.fail_after(20):
         url = httpx.URL(proxy.url).copy_with(raw_path=target.encode())
         async with proxy.client.stream("GET", url, headers=list(fields)) as answer:  # type: ignore[arg-type]
             answer.extensions["body"] = b"".join([piece async for piece in answer.aiter_raw()])
@@ -375,7 +375,7 @@ async def test_a_refusal_that_is_broken_off_does_not_look_whole(upstream: Upstre
 
 async def read_all(stream: trio.SocketStream) -> bytes:
     received = b""
-    with trio.fail_after(5), suppress(trio.BrokenResourceError):
+    with trio.fail_after(20), suppress(trio.BrokenResourceError):
         async for data in stream:
             received += data
     return received
@@ -629,6 +629,30 @@ async def test_no_upstream_session_outlives_a_client_that_vanishes(upstream: Ups
         assert await outcome(proxy) == "client_gone"
 
 
+async def test_a_client_that_vanishes_before_messages_that_nobody_takes(upstream: Upstream) -> None:
+    with trio.fail_after(20):
+        async with running_proxy(upstream.url) as proxy, trio.open_nursery() as nursery:
+            stream = await proxy.connect()
+            await stream.send_all(HANDSHAKE)
+            call = await upstream.call()
+            call.stream.receive_some = trio.sleep_forever  # type: ignore[method-assign,assignment]
+            await switch(call)
+            await stream.receive_some()
+            sent = trio.current_time()
+
+            async def talk() -> None:
+                nonlocal sent
+                with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                    while True:
+                        await stream.send_all(b"\x82\xff" + struct.pack("!QI", 65536, 0) + b"x" * 65536)
+                        sent = trio.current_time()
+
+            nursery.start_soon(talk)
+            await until(lambda: trio.current_time() - sent > 0.3)
+            vanish(stream, "reset")
+            assert await outcome(proxy) == "client_gone"
+
+
 async def flood(call: Call) -> None:
     """Send messages without end."""
     frame = b"\x82\x7f" + struct.pack("!Q", 65536) + b"x" * 65536
@@ -687,7 +711,7 @@ async def test_a_client_that_does_not_answer_the_closing_is_left(peer: Peer) -> 
     async with running_proxy(peer.url) as proxy:
         raw = await Raw.open(proxy)
         upstream = await peer.accepted()
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             await upstream.aclose(1000)
             assert isinstance(await raw.event(), CloseConnection)
             assert await raw.event() is None
@@ -715,7 +739,7 @@ async def test_a_client_that_goes_on_with_a_message_that_is_too_large_costs_no_m
         upstream = await peer.accepted()
         before = memory()
         piece = bytes(raw.protocol.send(BytesMessage(data=bytearray(65536), message_finished=False)))
-        with trio.fail_after(5), suppress(trio.BrokenResourceError):
+        with trio.fail_after(20), suppress(trio.BrokenResourceError):
             for _ in range(1600):
                 await raw.stream.send_all(piece)
                 piece = b"\x00" + piece[1:]
@@ -893,7 +917,7 @@ async def test_at_the_end_of_the_grace_sessions_are_closed_properly(peer: Peer) 
 
 
 async def test_the_shutdown_waits_for_no_client_that_does_not_read(upstream: Upstream) -> None:
-    with trio.fail_after(5):
+    with trio.fail_after(20):
         async with running_proxy(upstream.url, server={"shutdown_grace": 0.2}) as proxy, trio.open_nursery() as nursery:
             stream = await proxy.connect()
             await stream.send_all(HANDSHAKE)
@@ -1039,7 +1063,7 @@ async def test_http_2_clients(peer: Peer) -> None:
         heads: list[dict[str, str]] = []
 
         async def receive(enough: Callable[[], bool]) -> None:
-            with trio.fail_after(5):
+            with trio.fail_after(20):
                 while not enough():
                     await stream.send_all(connection.data_to_send())
                     for event in connection.receive_data(bytes(await stream.receive_some())):

@@ -1,7 +1,8 @@
 """What a connection has for the application, in Hypercorn's task group: messages by way of a mailbox.
 
-Hypercorn's own channel costs each request two steps for each message, and 2 KB while it waits. This module knows
-nothing of HTTP but that a body can be in several messages.
+Hypercorn's own channel costs each request two steps for each message, and 2 KB while it waits; and when it is full and
+nobody takes anything out any more, the connection's end waits behind it for ever. This module knows nothing of HTTP but
+that a body can be in several messages.
 """
 
 from __future__ import annotations
@@ -88,8 +89,6 @@ class Tasks(TaskGroup):
         send: Callable[[ASGISendEvent | None], Awaitable[None]],
     ) -> Callable[[ASGIReceiveEvent], Awaitable[None]]:
         """Start the application for one request or WebSocket; what the returned function is given reaches it."""
-        if scope["type"] == "websocket":  # which counts on the turns that the channel gives to others
-            return await super().spawn_app(app, config, scope, send)
         mailbox = Mailbox(config.max_app_queue_size)
         cast("dict[str, object]", scope["state"])[MAILBOX] = mailbox
         assert self._nursery is not None

@@ -175,7 +175,7 @@ async def test_a_client_that_stops_reading_is_cut_off(endless: RawUpstream, sent
         raw_client(proxy.port) as client,
     ):
         await client.play((sent, Until(b"xxx"), Deaf()))
-        await until(lambda: endless.wires[0].ended, 5)
+        await until(lambda: endless.wires[0].ended)
         await proxy.settled()
         await until(lambda: proxy.recorder.ended or proxy.recorder.passed_through)
         codes = {event.ending.code for event in proxy.recorder.ended}
@@ -196,7 +196,7 @@ async def test_a_client_that_reads_slowly_is_not_cut_off() -> None:
         await stream.send_all(chat())
         received = b""
         began = trio.current_time()
-        with trio.fail_after(10):
+        with trio.fail_after(20):
             while not received.endswith(body):
                 await trio.sleep(0.05)
                 received += await stream.receive_some(600_000)

@@ -63,7 +63,7 @@ async def staged(options: UpstreamOptions) -> AsyncIterator[Stage]:
         upstream = create_upstream(options)
         stage = Stage(upstream, await nursery.start(serve_upstream, upstream))
         async with stage.client:
-            with trio.fail_after(10):
+            with trio.fail_after(20):
                 yield stage
         nursery.cancel_scope.cancel()
 
@@ -654,7 +654,7 @@ async def test_connections_are_reused_and_closed_when_asked(stage: Stage) -> Non
 
 async def test_cancelling_the_server_ends_what_is_under_way() -> None:
     upstream = create_upstream()
-    with trio.fail_after(5):
+    with trio.fail_after(20):
         async with trio.open_nursery() as nursery:
             stage = Stage(upstream, await nursery.start(serve_upstream, upstream, "127.0.0.1:0"))
             assert stage.base_url.endswith("/v1")

@@ -1385,6 +1385,15 @@ MUTANTS: Final = (
         MAILBOX,
     ),
     Mutant(
+        "a WebSocket's end waits for its application",
+        "mailbox.py",
+        "        mailbox = Mailbox(config.max_app_queue_size)\n",
+        '        if scope["type"] == "websocket":\n'
+        "            return await super().spawn_app(app, config, scope, send)\n"
+        "        mailbox = Mailbox(config.max_app_queue_size)\n",
+        MAILBOX,
+    ),
+    Mutant(
         "a disconnect waits for room",
         "mailbox.py",
         """        if message["type"].endswith(".disconnect"):""",

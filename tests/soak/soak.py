@@ -424,9 +424,11 @@ class Soak:
             began = time.monotonic()
             self.proxy.process.send_signal(signal.SIGTERM)
             status = "still there"
-            with trio.move_on_after(GRACE_SECONDS + 10):
+            with trio.move_on_after(GRACE_SECONDS + 10) as patience:
                 status = f"status {await self.proxy.process.wait()}"
                 await self.proxy.ended.wait()
+            if patience.cancelled_caught:
+                self.proxy.process.kill()
             seconds = time.monotonic() - began
         ok = status == "status 0" and seconds < GRACE_SECONDS + EXIT_SECONDS_MAX
         name = f"SIGTERM ends it within the grace of {GRACE_SECONDS} s, with 3 clients there"
@@ -501,7 +503,7 @@ class Soak:
         seen, unseen = (
             f"{1000 * seconds:.0f} ms (request {number})" for seconds, number in ledger.slowest_to_end.values()
         )
-        say(f"calls outlived their clients by at most {seen}; those that pipelined or were uploading: {unseen}")
+        say(f"calls outlived their clients by at most {seen}; pipelining, uploading or on a WebSocket: {unseen}")
         late = (ledger.latest, self.most_lag)
         say("late, at most: the proxy by {:.0f} ms, this process by {:.0f} ms".format(*(1000 * each for each in late)))
         say("")

@@ -14,14 +14,12 @@ COMPLAINTS_SHOWN: Final = 20
 LEFT_SECONDS_MAX: Final = 0.25
 """How long a call may outlive its client, beside the proxy's own lateness. The contract says 50 ms."""
 
-CLOSING_SECONDS_MAX: Final = 0.5
-"""How much longer a WebSocket's upstream may take to answer that the session is over."""
-
 LATE_SECONDS: Final = 5.0
 """For so long a proxy that was late counts as being late."""
 
 UNSEEN_SECONDS_MAX: Final = 4.0
-"""The same for a client that has pipelined a request or is in the middle of an upload (the contract: 3 s)."""
+"""The same for a client that has pipelined a request or is in the middle of an upload (the contract: 3 s), and for one
+that leaves a WebSocket: what it has said before is passed on first, one message after the other."""
 
 
 @dataclass
@@ -102,8 +100,8 @@ class Ledger:
             return
         at, unseen = self._left[number]
         seconds = trio.current_time() - max(at, began)
-        name, limit = ("unseen", UNSEEN_SECONDS_MAX) if unseen else ("seen", LEFT_SECONDS_MAX)
-        limit += self._lateness() + (CLOSING_SECONDS_MAX if web_socket else 0.0)
+        name, limit = ("unseen", UNSEEN_SECONDS_MAX) if unseen or web_socket else ("seen", LEFT_SECONDS_MAX)
+        limit += self._lateness()
         self.slowest_to_end[name] = max(self.slowest_to_end[name], (seconds, number))
         if seconds > limit and number not in self._accused:
             self._accused.add(number)
