@@ -19,7 +19,7 @@ from case import CHAT, chat, get, request
 from processes import Process, running
 from support import until
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 MB: Final = 1_000_000
 GIGABYTE: Final = 1000 * MB

@@ -1137,13 +1137,6 @@ MUTANTS: Final = (
         GUARD,
     ),
     Mutant(
-        "nothing is held back",
-        "streams.py",
-        "if data and self._held_back is not None:",
-        "if False:",
-        GUARD,
-    ),
-    Mutant(
         "a TLS connection that was cut off looks like a whole answer",
         "network.py",
         "ssl_context, server_hostname=server_hostname)",
