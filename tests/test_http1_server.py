@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from trioproxy.http1 import Headers
 from trioproxy.http1_server import Mark, PlainConnection, PlainRequest, read_plain, reason_phrase
-from trioproxy.protocols import Lenient
+from trioproxy.protocols.http1 import Lenient
 
 HEAD_SIZE_MAX = 2000
 POST = b"POST /v1/x?y HTTP/1.1\r\nHost: proxy\r\nContent-Length: 2\r\n\r\n{}"

@@ -65,7 +65,12 @@ ROOMS: dict[str, set[str]] = {
     "websocket_connection": {"connection", "websocket", "websocket_upstream", "request", "errors"},
     "mailbox": set(),
     "http1_server": {"http1"},
-    "protocols": {"errors", "http1_server", "mailbox", "request"},  # what the server makes of Hypercorn's
+    # What the server makes of Hypercorn's.
+    "protocols.parser": {"errors"},
+    "protocols.http1": {"errors", "http1_server", "protocols.parser", "request"},
+    "protocols.http2": {"protocols.parser", "request"},
+    "protocols.http_server": {"mailbox", "protocols.http1", "protocols.http2", "protocols.parser"},
+    "protocols": {"protocols.http_server", "protocols.parser"},
     "reload": {"config", "server"},
     "streams": {"connection", "flag", "sockets"},
     "server": {"config", "app", "connection", "errors", "protocols", "sockets", "streams"},

@@ -17,7 +17,7 @@ from wire import Deaf, End, Pause, Script, Until, Wait, raw_upstream
 
 from support import Upstream, running_proxy, until
 from trioproxy.connection import UNTAKEN_SECONDS
-from trioproxy.protocols import Http2
+from trioproxy.protocols.http2 import Http2
 
 BASE: Final = b"Host: UPSTREAM\r\n"
 
