@@ -117,7 +117,7 @@ def observability(session: nox.Session) -> None:
     with session.chdir("observability/tests"):
         session.run("npm", "ci")
     path = os.pathsep.join([str(Path(session.bin)), path])
-    session.run("pytest", "observability/tests", *session.posargs, env={"PATH": path})
+    session.run("pytest", "--numprocesses", "auto", "observability/tests", *session.posargs, env={"PATH": path})
 
 
 @nox.session
@@ -138,7 +138,7 @@ def lowest(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """The quick benchmarks: some minutes, ratios to the obvious proxy; ``-- --write`` puts them into the docs."""
-    session.install("-e", ".", *group("tests"))
+    session.install("-e", ".")
     session.run("python", "bench/report.py", *session.posargs)
 
 
@@ -152,7 +152,7 @@ def valgrind(session: nox.Session) -> dict[str, str]:
 def guard(session: nox.Session) -> None:
     """What a request costs, counted by valgrind, beside what is kept in bench/guard.json; ``-- --write`` keeps it."""
     env = valgrind(session)
-    session.install("-e", ".", *group("tests"))
+    session.install("-e", ".")
     session.run("python", "bench/guard.py", *session.posargs, env=env)
 
 
@@ -203,7 +203,7 @@ def peers(session: nox.Session) -> None:
 
     What cannot be installed is left out by name.
     """
-    session.install("-e", ".", *group("tests"))
+    session.install("-e", ".")
     if not shutil.which("node"):
         session.install(*group("node"))
     tmp = Path(session.create_tmp()).resolve()
