@@ -38,7 +38,7 @@ ROOMS: dict[str, set[str]] = {
     "scheduler.queue": {"events", "priority"},  # a part of core
     "scheduler.limits": {"events", "errors"},
     "scheduler.core": {"events", "errors", "priority", "scheduler.limits", "scheduler.queue"},
-    "scheduler.runtime": {"scheduler.core", "scheduler.limits", "scheduler.queue", "events", "errors"},
+    "scheduler.runtime": {"scheduler.core", "scheduler.limits", "scheduler.queue", "events", "errors", "priority"},
     "scheduler": {"scheduler.core", "scheduler.limits", "scheduler.queue", "scheduler.runtime"},
     # What upstream's calls are made of, none of which knows of the house.
     "http1": set(),

@@ -424,6 +424,21 @@ async def test_a_full_queue_refuses_with_its_numbers(autojump_clock: MockClock) 
             assert part in str(refused.error)
 
 
+@pytest.mark.parametrize(
+    ("max_queue", "priority", "advised"),
+    [(1, 99, True), pytest.param(1, 100, False, id="there is no higher"), pytest.param(0, 50, False, id="no place")],
+)
+async def test_a_higher_priority_is_advised_where_it_would_help(
+    autojump_clock: MockClock, max_queue: int, priority: int, advised: bool
+) -> None:
+    async with running_bench(max_queue=max_queue) as bench:
+        await bench.client("holder")
+        await bench.client("waits", priority=100)
+        refused = await bench.client("refused", priority=priority)
+        assert refused.refusal() == (errors.QUEUE_FULL, 0.0)
+        assert ("or with a higher priority" in str(refused.error)) is advised
+
+
 async def test_without_a_queue_a_slot_or_a_refusal(autojump_clock: MockClock) -> None:
     async with running_bench(max_queue=0) as bench:
         holder = await bench.client("holder", priority=0)
@@ -448,7 +463,7 @@ async def test_an_eviction_wakes_its_victim_at_once(autojump_clock: MockClock) -
         assert bench.queued() == "urgent elder"
         assert victim.error is not None
         assert victim.error.queue_seconds == 4.0
-        for part in ("(2 places)", "4.000 s", "priority 20", "about 15 s"):
+        for part in ("(2 places)", "4.000 s", "priority 20", "about 15 s, or with a higher priority"):
             assert part in str(victim.error)
 
 

@@ -12,7 +12,7 @@ from typing import Final
 
 import trio
 
-from trioproxy import errors
+from trioproxy import errors, priority
 from trioproxy.errors import Ending, ProxyError
 from trioproxy.events import Ended, Progress, Publisher, Queued, ScheduledRequest, Started
 from trioproxy.scheduler.core import Core, SchedulingEvent, Snapshot
@@ -240,6 +240,7 @@ class Scheduler:
         own_queue_full = key.limits.max_queue is not None and key.waiting >= key.limits.max_queue
         by_key = own_queue_full or ended.ending is errors.RATE_LIMIT_EXCEEDED
         key_places = self._core.max_queue if key.limits.max_queue is None else key.limits.max_queue
+        places = key_places if own_queue_full else self._core.max_queue
         return ProxyError(
             ended.ending,
             queue_seconds=waited,
@@ -248,8 +249,9 @@ class Scheduler:
             permits=self._limit.permits,
             queued=self._core.queued,
             queue=f"The key {request.key!r}'s part of the queue" if own_queue_full else "The queue",
-            max_queue=key_places if own_queue_full else self._core.max_queue,
+            max_queue=places,
             waited=waited,
+            or_how=", or with a higher priority" if places and request.priority < priority.HIGHEST else "",
             limit=queue_timeout if ended.ending is errors.QUEUE_TIMEOUT else request.deadline - request.arrived,
             key=request.key,
             running=key.running,
