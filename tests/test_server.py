@@ -226,6 +226,35 @@ async def test_a_client_that_leaves_while_running_closes_the_upstream(
         assert proxy.recorder.outcomes() == ["cancelled"]
 
 
+@pytest.mark.parametrize("way", ["close", "half-close"])
+@pytest.mark.parametrize(
+    "data", [post(), b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n"], ids=["scheduled", "passed through"]
+)
+async def test_a_client_that_leaves_right_behind_its_request(
+    upstream: Upstream, way: str, data: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What would end the call later is not to be what ends it.
+    monkeypatch.setattr("trioproxy.streams.CLOSING_SECONDS", 60)
+    monkeypatch.setattr("trioproxy.streams.LOOK_SECONDS", 60)
+    monkeypatch.setattr("trioproxy.connection.UNTAKEN_SECONDS", 60)
+    async with running_proxy(upstream.url) as proxy:
+
+        def endings() -> list[str]:
+            recorder = proxy.recorder
+            return [event.ending.code for kind in (recorder.ended, recorder.passed_through) for event in kind]
+
+        for count in range(1, 21):  # its leaving is read before the request's task has had its first turn, or after
+            stream = await proxy.connect()
+            os.write(stream.socket.fileno(), data)
+            await leave(stream, way)
+            await until(lambda count=count: len(endings()) == count)  # type: ignore[misc]
+        assert endings() == ["cancelled"] * 20
+        with trio.fail_after(20):
+            for call in upstream.calls:
+                await call.gone.wait()
+        await proxy.settled()
+
+
 async def test_a_pipelined_second_request_does_not_hide_that_the_client_has_left(upstream: Upstream) -> None:
     async with running_proxy(upstream.url) as proxy:
         stream = await proxy.connect()

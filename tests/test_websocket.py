@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import socket
 import ssl
 import struct
@@ -627,6 +628,24 @@ async def test_no_upstream_session_outlives_a_client_that_vanishes(upstream: Ups
             await call.gone.wait()
         assert trio.current_time() - began < 0.5
         assert await outcome(proxy) == "client_gone"
+
+
+@pytest.mark.parametrize("way", ["fin", "half-close"])
+async def test_a_client_that_vanishes_right_behind_its_handshake(
+    upstream: Upstream, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What would end the session later is not to be what ends it.
+    monkeypatch.setattr("trioproxy.streams.CLOSING_SECONDS", 60)
+    monkeypatch.setattr("trioproxy.streams.LOOK_SECONDS", 60)
+    async with running_proxy(upstream.url) as proxy:
+        for count in range(1, 21):  # which is read before the session's task has had its first turn, or after
+            stream = await proxy.connect()
+            os.write(stream.socket.fileno(), HANDSHAKE)
+            vanish(stream, way)
+            assert await outcome(proxy, count) == "client_gone"
+        with trio.fail_after(20):
+            for call in upstream.calls:
+                await call.gone.wait()
 
 
 async def test_a_client_that_vanishes_before_messages_that_nobody_takes(upstream: Upstream) -> None:

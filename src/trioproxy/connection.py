@@ -53,6 +53,11 @@ class Guard(Protocol):
     more_follows: bool
     """Whether what is being sent can wait for what is sent next."""
 
+    @property
+    def has_left(self) -> bool:
+        """Whether the client has been seen to have gone."""
+        ...
+
     def watch(self, leave: Callable[[], None]) -> None:
         """Call `leave` as soon as the client is seen to have gone, also while nobody reads from it."""
         ...
@@ -322,6 +327,8 @@ class Exchange:
         self._relayed = True
         if self._guard is not None and self.head.http_version != "2":
             self._guard.relaying = True
+            if self._guard.has_left:  # seen before this exchange was there to be told
+                self.leave()
 
     @property
     def _is_early(self) -> bool:

@@ -161,6 +161,11 @@ class GuardedStream(trio.abc.HalfCloseableStream):
         self._gone.set()
         await self._stream.aclose()
 
+    @property
+    def has_left(self) -> bool:
+        """Whether the client has been seen to have gone."""
+        return self._gone.is_set()
+
     def watch(self, leave: Callable[[], None]) -> None:
         """Call `leave` as soon as the client is seen to have gone, also while nobody reads from it."""
         self._exchanges[leave] = trio.current_time()

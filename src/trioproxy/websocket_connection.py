@@ -66,6 +66,11 @@ class Handshake:
             for _ in range(STEPS_TO_REFUSE):
                 await trio.lowlevel.checkpoint()
 
+    def hand_over(self) -> None:
+        """From here on a session counts it."""
+        if self._guard is not None and self._guard.has_left:  # seen before this was there to be told
+            self.leave()
+
     async def accept(self, subprotocol: str | None, headers: Headers) -> None:
         """Open the WebSocket."""
         await trio.lowlevel.checkpoint_if_cancelled()
@@ -188,6 +193,7 @@ class WebSocketConnection:
     async def _run(self, handshake: Handshake) -> None:
         response = await self._app.handle_websocket(self._websocket(handshake))
         if isinstance(response, Session):
+            handshake.hand_over()
             await response.run(handshake)
             return
         assert isinstance(response, QuartResponse)

@@ -43,6 +43,7 @@ GUARD: Final = ("test_guard.py",)
 HTTP1: Final = ("test_http1.py",)
 SERVER: Final = ("test_server.py",)
 TLS: Final = ("test_tls.py",)
+WEBSOCKET: Final = ("test_websocket.py",)
 WEBSOCKET_CUTS: Final = ("test_websocket_cuts.py",)
 FRAMING: Final = ("conformance/test_framing.py",)
 FAILING: Final = ("conformance/test_failing_upstream.py",)
@@ -1100,6 +1101,20 @@ MUTANTS: Final = (
         'self._sending.cancel(reason="the client has gone")',
         "pass",
         GUARD,
+    ),
+    Mutant(
+        "a client that has left before its request was taken up is not known to have",
+        "connection.py",
+        "            if self._guard.has_left:",
+        "            if self._guard is None:",
+        SERVER,
+    ),
+    Mutant(
+        "a client that has left before its WebSocket's handshake was taken up is not known to have",
+        "websocket_connection.py",
+        "if self._guard is not None and self._guard.has_left:",
+        "if self._guard is None and self._accepted:",
+        WEBSOCKET,
     ),
     Mutant(
         "a connection's tasks go on though its client has gone",

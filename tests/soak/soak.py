@@ -327,7 +327,7 @@ class Soak:
     # Watching
 
     def _judge(self, call: Call) -> None:
-        self.ledger.judge(call.number, call.began, web_socket=call.is_web_socket)
+        self.ledger.judge(call.number, call.began, call.treated, web_socket=call.is_web_socket)
 
     async def _watch_for_orphans(self) -> None:
         while True:

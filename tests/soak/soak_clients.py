@@ -186,11 +186,11 @@ class Wire:
             self.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
         if way != "half-close":
             self.stream.socket.close()
-        self.note_left()
+        self.note_left(way)
 
-    def note_left(self) -> None:
+    def note_left(self, way: str) -> None:
         """From now on the upstream must not be working for this client."""
-        self._ledger.left(self.numbers, unseen=self.unseen)
+        self._ledger.left(self.numbers, unseen=self.unseen, way=way)
 
 
 class World:
@@ -234,7 +234,7 @@ class World:
                 yield wire
             finally:
                 plain.close()
-                wire.note_left()
+                wire.note_left("at its end")
 
     async def hang_around(self, seconds: float) -> None:
         """Do nothing, unless the load is at its end."""
@@ -311,6 +311,7 @@ class Client:
     def note_sent(self, wire: Wire, plan: Plan, *, patient: bool) -> None:
         """Enter a request in the books, just before it is whole."""
         wire.numbers.append(plan.number)
+        self.ledger.sent[plan.number] = self.kind
         if plan.scheduled and plan.refused is None:
             self.ledger.scheduled_sent += 1
             if patient:

@@ -46,7 +46,9 @@ class Ledger:
     scheduled_sent: int = 0
     slowest_to_end: dict[str, tuple[float, int]] = field(default_factory=lambda: {"seen": (0.0, 0), "unseen": (0.0, 0)})
     """For how long calls have outlived their clients, at most, and which did."""
-    _left: dict[int, tuple[float, bool]] = field(default_factory=dict)
+    sent: dict[int, str] = field(default_factory=dict)
+    """The client's kind for each request that was sent."""
+    _left: dict[int, tuple[float, bool, str]] = field(default_factory=dict)
     _accused: set[int] = field(default_factory=set)
     _last_left: float = 0.0
     latest: float = 0.0
@@ -60,11 +62,11 @@ class Ledger:
         if len(self.details) < COMPLAINTS_SHOWN:
             self.details.append(f"{what}: {detail}" if detail else what)
 
-    def left(self, numbers: list[int], *, unseen: bool) -> None:
-        """The client of these requests has gone, or has its answer."""
+    def left(self, numbers: list[int], *, unseen: bool, way: str) -> None:
+        """The client of these requests has gone in that way, or has its answer."""
         self._last_left = trio.current_time()
         for number in numbers:
-            self._left.setdefault(number, (self._last_left, unseen))
+            self._left.setdefault(number, (self._last_left, unseen, way))
 
     def since_last_left(self) -> float:
         """Seconds since the last client has gone."""
@@ -91,21 +93,24 @@ class Ledger:
         self.latest = max(self.latest, late)
         return late
 
-    def judge(self, number: int, began: float, *, web_socket: bool) -> None:
+    def judge(self, number: int, began: float, treated: str, *, web_socket: bool) -> None:
         """The upstream's call of that number goes on, or is just over: nobody is served whose client left a while ago.
 
         A call that began later counts from there: the client's request and its leaving were read one after the other.
         """
         if number not in self._left:
             return
-        at, unseen = self._left[number]
+        at, unseen, way = self._left[number]
         seconds = trio.current_time() - max(at, began)
         name, limit = ("unseen", UNSEEN_SECONDS_MAX) if unseen or web_socket else ("seen", LEFT_SECONDS_MAX)
-        limit += self._lateness()
+        late = self._lateness()
         self.slowest_to_end[name] = max(self.slowest_to_end[name], (seconds, number))
-        if seconds > limit and number not in self._accused:
+        if seconds > limit + late and number not in self._accused:
             self._accused.add(number)
-            self.complain("orphan", f"call {number} was open {seconds:.2f} s after its client had left")
+            call = f"call {number} ({self.sent.get(number)}, {way}; upstream: {treated})"
+            self.complain(
+                "orphan", f"{call} was open {seconds:.3f} s after its client had left, the proxy late by {late:.3f} s"
+            )
 
 
 @dataclass

@@ -46,6 +46,8 @@ class Call:
     scheduled: bool
     fields: Mapping[str, str]
     began: float = field(default_factory=trio.current_time)
+    treated: str = "its request not read yet"
+    """Which behaviour it gets."""
     over: bool = False
     """The answer's last piece is about to be sent, or the connection to be closed: the proxy may free the slot."""
     keep: bool = True
@@ -483,7 +485,8 @@ class Upstream:
         behaviour = wanted or call.chance.choices(list(BEHAVIOURS), list(BEHAVIOURS.values()))[0]
         if call.method == "HEAD" and behaviour not in WITHOUT_BODY:
             behaviour = small
-        self.treated[getattr(behaviour, "__name__", "?")] += 1
+        call.treated = getattr(behaviour, "__name__", "?")
+        self.treated[call.treated] += 1
         return behaviour
 
     async def _watch(self, call: Call, scope: trio.CancelScope) -> None:
