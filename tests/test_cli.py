@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import signal
 import socket
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,8 +15,8 @@ import httpx
 import pytest
 import trio
 
-from processes import run, running
-from support import Upstream
+from processes import environment, run, running
+from support import Upstream, until
 from trioproxy import __version__
 
 SERVE = ("-m", "trioproxy", "serve", "--bind", "127.0.0.1:0")
@@ -65,6 +68,27 @@ async def test_serving_logging_and_stopping(upstream: Upstream, tmp_path: Path) 
         assert [line["event"] for line in process.lines][-2:] == ["shutting down", "stopped"]
         assert [json.loads(line) for line in log_file.read_text().splitlines()] == process.lines
         assert b"secret" not in process.output
+
+
+def standard_streams(pid: int) -> list[str]:
+    """What they are, where the system tells that."""
+    return [str(path.readlink()) for path in Path(f"/proc/{pid}/fd").glob("[012]")]
+
+
+async def test_it_does_without_the_standard_streams(upstream: Upstream, tmp_path: Path) -> None:
+    log_file = tmp_path / "proxy.log"
+    command = shlex.join([sys.executable, *SERVE, "--upstream", upstream.url, "--log-file", str(log_file)])
+    closed = ["sh", "-c", f"exec {command} <&- >&- 2>&-"]
+    process = await trio.lowlevel.open_process(closed, env=environment({}))
+    try:
+        await until(lambda: log_file.exists() and '"listening"' in log_file.read_text())
+        assert standard_streams(process.pid) in ([os.devnull] * 3, [])
+        process.send_signal(signal.SIGTERM)
+        with trio.fail_after(60):
+            assert await process.wait() == 0
+    finally:
+        process.kill()
+    assert json.loads(log_file.read_text().splitlines()[-1])["event"] == "stopped"
 
 
 async def test_a_signal_finishes_what_runs_and_a_second_one_ends_at_once(upstream: Upstream) -> None:

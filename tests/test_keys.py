@@ -156,7 +156,14 @@ def test_models(models: list[str] | None, model: str | None, allowed: bool) -> N
 
 @pytest.mark.parametrize(
     ("query", "model"),
-    [("", None), ("model=a", "a"), ("x=1&model=a%20b", "a b"), ("model=a&model=b", None), ("model=", None)],
+    [
+        ("", None),
+        ("model=a", "a"),
+        ("x=1&model=a%20b", "a b"),
+        ("model=a&model=b", None),
+        ("model=a&model=", None),
+        ("model=a;model=b", None),
+    ],
 )
 def test_the_model_of_a_realtime_session_is_in_its_query(query: str, model: str | None) -> None:
     assert queried_model(head(f"/v1/realtime?{query}")) == model
@@ -166,6 +173,11 @@ def test_the_model_of_a_realtime_session_is_in_its_query(query: str, model: str 
 def form(*fields: tuple[str, bytes]) -> bytes:
     parts = [f'--xx\r\nContent-Disposition: form-data; name="{n}"\r\n\r\n'.encode() + v + b"\r\n" for n, v in fields]
     return b"".join(parts) + b"--xx--\r\n"
+
+
+def part(*dispositions: str) -> bytes:
+    heads = "".join(f"Content-Disposition: {said}\r\n" for said in dispositions)
+    return f"--xx\r\n{heads}\r\nv\r\n".encode()
 
 
 @pytest.mark.parametrize(
@@ -179,6 +191,25 @@ def form(*fields: tuple[str, bytes]) -> bytes:
         (form(("model", b"a"))[:-20], None),
         (b"", None),
         (b"{}", None),
+        (
+            part('form-data; name="model"')
+            + part('form-data; name="file"; filename="a; name=\\"model\\".wav"')
+            + b"--xx--\r\n",
+            "v",
+        ),
+        (part('form-data; name="model"') + part("form-data; filename*=utf-8''b.wav; name=file") + b"--xx--\r\n", "v"),
+        (part('form-data; name="model"') + part('form-data; name = "model"') + b"--xx--\r\n", None),
+        (part('form-data; name="model"') + part('form-data; name ="model"') + b"--xx--\r\n", None),
+        (part('form-data; name="model"') + part('form-data; name= "model"') + b"--xx--\r\n", None),
+        (part('form-data; name="model"') + part('form-data; name="x"; name="model"') + b"--xx--\r\n", None),
+        (part('form-data; name="model"') + part('form-data; name="model"; name="x"') + b"--xx--\r\n", None),
+        (part('form-data; name="model"') + part('form-data; name="mo\\del"') + b"--xx--\r\n", None),
+        (part('form-data; name="model"') + part("form-data; name*=utf-8''model") + b"--xx--\r\n", None),
+        (part('form-data; name="model"') + part('form-data; name="x", form-data; name="model"') + b"--xx--\r\n", None),
+        (
+            part('form-data; name="model"') + part('form-data; name="x"', 'form-data; name="model"') + b"--xx--\r\n",
+            None,
+        ),
     ],
 )
 def test_the_model_of_a_form_is_one_of_its_fields(content: bytes, model: str | None) -> None:
@@ -190,7 +221,14 @@ def test_the_model_of_a_form_is_one_of_its_fields(content: bytes, model: str | N
     [
         ("multipart/form-data; boundary=xx", b"xx"),
         ('Multipart/Form-Data; charset=utf-8; boundary="x y"', b"x y"),
+        ("multipart/form-data; boundary=----WebKitFormBoundaryx", b"----WebKitFormBoundaryx"),
+        ("multipart/form-data; boundary=a=b", None),
         ("multipart/form-data", None),
+        ("multipart/form-data; boundary=xx; boundary=yy", None),
+        ("multipart/form-data; boundary=xx; boundary = yy", None),
+        ("multipart/form-data; boundary=xx; Boundary=yy", None),
+        ("multipart/form-data; boundary*=utf-8''xx", None),
+        ("multipart/form-data; boundary =xx", None),
         ("multipart/mixed; boundary=xx", None),
         ("application/json", None),
         ("", None),

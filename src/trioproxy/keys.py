@@ -107,5 +107,5 @@ def queried_model(head: Head) -> str | None:
     """
     if head.rest.strip(b"/") != b"realtime":
         return None
-    models = parse_qs(head.query.decode("latin-1")).get("model", [])
-    return models[0] if len(models) == 1 else None
+    models = parse_qs(head.query.decode("latin-1"), keep_blank_values=True).get("model", [])
+    return models[0] if len(models) == 1 and b";" not in head.query else None  # to some, ";" separates as "&" does

@@ -87,6 +87,8 @@ _HOST: Final = re.compile(
     rb"(\[[-0-9A-Za-z._~!$&'()*+,;=:%]+\]|([-0-9A-Za-z._~!$&'()*+,;=]|%[0-9A-Fa-f]{2})*)(:[0-9]*)?"
 )
 _LENGTH_MAX: Final = (1 << 63) - 1
+_FORM: Final = re.compile(r'multipart/form-data(?:[ \t]*;[ \t]*[a-z-]+=(?:"[^"\\]*"|[^\s";,=]+))*;?', re.IGNORECASE)
+_BOUNDARY: Final = re.compile(r";[ \t]*boundary=", re.IGNORECASE)
 """A greater Content-Length is nobody's, and becomes a small one in a server that counts in 64 bits."""
 _VERSIONS: Final = frozenset({"1.0", "1.1", "2"})
 
@@ -281,10 +283,15 @@ def _derived_priority(fields: body.Reading, key: KeySettings | None, settings: S
 
 
 def form_boundary(head: Head) -> bytes | None:
-    """What separates the parts of a form (RFC 2046 section 5.1.1); None if the body is not said to be one."""
-    media_type, options = parse_options_header(b"".join(head.values(b"content-type")[:1]).decode("latin-1"))
-    boundary = options.get("boundary", "") if media_type.lower() == "multipart/form-data" else ""
-    return boundary.encode("latin-1", "replace") or None
+    """What separates the parts of a form (RFC 2046 section 5.1.1).
+
+    None if the body is not said to be one, or not in a way that all readers take for the same.
+    """
+    said = [value.decode("latin-1") for value in head.values(b"content-type")]
+    if len(said) != 1 or _FORM.fullmatch(said[0]) is None or len(_BOUNDARY.findall(said[0])) != 1:
+        return None
+    _, options = parse_options_header(said[0])
+    return options.get("boundary", "").encode("latin-1", "replace") or None
 
 
 def _header_priority(value: bytes) -> int:

@@ -55,7 +55,7 @@ clients    simulated, of five levels; they ask for {share}
 Try in another terminal, and compare with X-Priority: very_low
 {commands}
 
-What you will see, each second, until Ctrl-C:
+What you will see, each second:
   evicted    N of a level by another: the queue was full, and the more urgent newcomer took a place
   rejected   N of a level: the queue was full, and nobody in it was less urgent
   overtook   a critical request got the next free slot, past others that had come earlier
