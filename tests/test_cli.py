@@ -81,7 +81,7 @@ async def test_it_does_without_the_standard_streams(upstream: Upstream, tmp_path
     closed = ["sh", "-c", f"exec {command} <&- >&- 2>&-"]
     process = await trio.lowlevel.open_process(closed, env=environment({}))
     try:
-        await until(lambda: log_file.exists() and '"listening"' in log_file.read_text())
+        await until(lambda: log_file.exists() and '"listening"' in log_file.read_text(), 60)
         assert standard_streams(process.pid) in ([os.devnull] * 3, [])
         process.send_signal(signal.SIGTERM)
         with trio.fail_after(60):

@@ -85,8 +85,8 @@ def read(body: bytes) -> Reading:
 def read_form(body: bytes, boundary: bytes) -> str | None:
     """The field `model` of a form (multipart/form-data, RFC 7578), None where it is missing, given twice or unreadable.
 
-    Unreadable is also what has a part whose name others may read differently, more than 1000 parts, or a part with a
-    head of 128 KiB: these take long to read. Otherwise it takes about 5 ms for each MB.
+    Unreadable is also a part whose name others may read differently; and what takes long to read: more than 1000 parts,
+    or a part with a head of 128 KiB. Otherwise it takes about 5 ms for each MB.
     """
     decoder = MultipartDecoder(boundary, max_form_memory_size=_PART_HEAD_MAX, max_parts=_PARTS_MAX)
     models: list[bytes] = []

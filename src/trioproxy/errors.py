@@ -160,7 +160,7 @@ QUEUE_FULL = Ending(
     Outcome.REJECTED,
     Retry.MEASURED,
     "All {permits} slots are busy and the queue is full ({queued} of {max_queue} places taken, none by a request of "
-    "lower priority than {priority}). Try again in about {retry_after} s{or_how}.",
+    "lower priority than {priority}). Try again in about {retry_after} s{or_with_a_higher_priority}.",
 )
 RATE_LIMIT_EXCEEDED = Ending(
     "rate_limit_exceeded",
@@ -195,7 +195,7 @@ EVICTED = Ending(
     Outcome.EVICTED,
     Retry.MEASURED,
     "{queue} was full ({max_queue} places) and a more urgent request took this one's place after {waited:.3f} s of "
-    "waiting with priority {priority}. Try again in about {retry_after} s{or_how}.",
+    "waiting with priority {priority}. Try again in about {retry_after} s{or_with_a_higher_priority}.",
 )
 QUEUE_TIMEOUT = Ending(
     "queue_timeout",

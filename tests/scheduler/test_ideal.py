@@ -334,7 +334,13 @@ ReturnPolicy = Callable[[Core, float, random.Random], float]
 def obedient(core: Core, now: float, dice: random.Random) -> float:
     """Exactly when the answer says, as an official SDK does."""
     refusal = ProxyError(
-        errors.QUEUE_FULL, retry_after=core.retry_after(now), permits=1, queued=0, max_queue=0, priority=50, or_how=""
+        errors.QUEUE_FULL,
+        retry_after=core.retry_after(now),
+        permits=1,
+        queued=0,
+        max_queue=0,
+        priority=50,
+        or_with_a_higher_priority="",
     )
     headers = dict(errors.retry_headers(refusal, dice.random()))
     assert headers[b"x-should-retry"] == b"true"

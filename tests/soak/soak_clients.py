@@ -566,7 +566,7 @@ async def upload(client: Client) -> None:
     async with client.world.connect() as wire:
         body = client.chance.randbytes(client.chance.randint(1, 2_000_000))
         plan = client.passed_through("POST", body, chunks=client.chance.choice([0, 1, 20]))
-        wire.numbers.append(plan.number)
+        client.note_sent(wire, plan, patient=False)
         await wire.send(plan.head())
         for piece in plan.pieces():
             await wire.send(piece)
@@ -579,7 +579,7 @@ async def leaving_upload(client: Client) -> None:
     async with client.world.connect() as wire:
         wire.unseen = True
         plan = client.passed_through("POST", client.chance.randbytes(200_000), chunks=client.chance.choice([0, 20]))
-        wire.numbers.append(plan.number)
+        client.note_sent(wire, plan, patient=False)
         data = plan.encode()
         await wire.send(data[: client.chance.randrange(len(plan.head()), len(data))])
         await trio.sleep(client.chance.expovariate(10))

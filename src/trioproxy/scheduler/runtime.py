@@ -251,7 +251,9 @@ class Scheduler:
             queue=f"The key {request.key!r}'s part of the queue" if own_queue_full else "The queue",
             max_queue=places,
             waited=waited,
-            or_how=", or with a higher priority" if places and request.priority < priority.HIGHEST else "",
+            or_with_a_higher_priority=", or with a higher priority"
+            if places and request.priority < priority.HIGHEST
+            else "",
             limit=queue_timeout if ended.ending is errors.QUEUE_TIMEOUT else request.deadline - request.arrived,
             key=request.key,
             running=key.running,
